@@ -1,0 +1,184 @@
+"""Questions' nouns: what a model and a machine are, as facts in bytes, FLOP/s and element counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """One weight matrix of a layer, as PEFT's `target_modules` and bitsandbytes see it.
+
+    `module` is the module's own name ("q_proj"); `role` is what it does whatever it is called
+    (q, k, v, qkv, o, gate, up, gate_up, down, router, cross_q … or "other").
+    `copies` counts equal matrices in the layer (experts); each sees `token_share` of the tokens
+    (experts_per_token / num_experts for a routed expert, else 1).
+    `kind`: "linear" (nn.Linear; quantised by bitsandbytes), "conv1d" (GPT-2's transposed linear; quantised
+    too), "parameter" (a bare 3-D parameter that holds all copies: experts of transformers 5; never quantised,
+    not matched by "all-linear").
+    """
+
+    module: str
+    role: str
+    in_features: int
+    out_features: int
+    bias: bool = False
+    copies: int = 1
+    token_share: float = 1.0
+    kind: str = "linear"
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of all copies, without biases."""
+        return self.in_features * self.out_features * self.copies
+
+    @property
+    def num_biases(self) -> int:
+        """Elements of all copies' biases."""
+        return self.out_features * self.copies if self.bias else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSpec:
+    """One kind of layer and how often it occurs; all sizes are per layer.
+
+    `norm_params` counts the elements that are neither a matrix nor a bias (norm weights, gates, sinks …).
+    `mixer`: "softmax" (incl. multi-head latent attention, whose matrices say so), "linear" (a recurrent or
+    state-space mixer) or "none". `window` is the sliding window in tokens, None for full attention.
+    """
+
+    count: int
+    matrices: tuple[Matrix, ...]
+    norm_params: int
+    mixer: str = "softmax"
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    window: int | None = None
+    causal: bool = True
+    qk_norm: str = "none"
+    norm: str = "rmsnorm"
+    num_norms: int = 2
+    mlp: str = "gated"
+    activation: str = "silu"
+    num_experts: int = 0
+    experts_per_token: int = 0
+    side: str = "decoder"
+
+    @property
+    def num_params(self) -> int:
+        """Elements of one layer."""
+        return sum(m.num_weights + m.num_biases for m in self.matrices) + self.norm_params
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """A transformer as a list of layers, embeddings and a head: all that memory and time depend on.
+
+    `architecture`: "decoder", "encoder" or "encoder-decoder".
+    `embedding_params` counts token, position and type embeddings (elements); `token_embedding_params` only
+    the matrix that a tied head shares. `head` is None where the model has no head of its own;
+    with `tied_head` the head's weight is the token embedding and counts once.
+    `final_params`: final norms, poolers, head transforms (elements).
+    `config` is the config.json that it came from.
+    """
+
+    name: str
+    hub_id: str | None
+    family: str
+    architecture: str
+    hidden_size: int
+    vocab_size: int
+    max_positions: int | None
+    layers: tuple[LayerSpec, ...]
+    embedding_params: int
+    token_embedding_params: int
+    head: Matrix | None
+    tied_head: bool
+    final_params: int
+    logit_softcap: bool = False
+    remote_code: bool = False
+    license: str | None = None
+    commercial: str | None = None
+    source: str | None = None
+    config: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all kinds and sides."""
+        return sum(layer.count for layer in self.layers)
+
+    @property
+    def num_params(self) -> int:
+        """All elements; a tied head counts once."""
+        head = 0 if self.head is None or self.tied_head else self.head.num_weights
+        head += self.head.num_biases if self.head else 0
+        body = sum(layer.count * layer.num_params for layer in self.layers)
+        return self.embedding_params + body + self.final_params + head
+
+    @property
+    def num_active_params(self) -> int:
+        """Elements that one token passes through (routed experts by their share), embeddings included."""
+        idle = sum(
+            layer.count * round(m.num_weights * (1 - m.token_share))
+            for layer in self.layers
+            for m in layer.matrices
+        )
+        return self.num_params - idle
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuProfile:
+    """An accelerator's facts, from profiles/gpus; None means unknown, never zero.
+
+    `usable_bytes` is the total that torch reports (the driver keeps the difference to `memory_bytes`).
+    `flops` maps a dtype ("float32", "tf32", "float16", "bfloat16", "fp8", "int8") to the dense peak in FLOP/s.
+    `backend`: "cuda", "rocm", "mps", "tpu", "hpu", "npu", "cpu". `modelled` is False where finefit has no
+    memory rules for the back end. `sources` maps a field to where its value comes from.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    vendor: str
+    architecture: str
+    backend: str
+    modelled: bool
+    compute_capability: tuple[int, int] | None = None
+    memory_bytes: int
+    usable_bytes: int | None = None
+    bandwidth_bytes_per_s: float | None = None
+    flops: Mapping[str, float] = field(default_factory=dict)
+    tdp_w: float | None = None
+    link_bytes_per_s: float | None = None
+    pcie_bytes_per_s: float | None = None
+    bf16: bool = True
+    flash_attention: bool = True
+    bitsandbytes: bool = True
+    fp8: bool = False
+    unified_memory: bool = False
+    launch_price_usd: float | None = None
+    launch_price_cny: float | None = None
+    release_date: str | None = None
+    note: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """`num_gpus` equal accelerators in one box; `free_bytes` and `host_bytes` only where they were measured.
+
+    `free_bytes` is the smallest free memory among the cards now; `host_bytes` the RAM that is available.
+    """
+
+    gpu: GpuProfile
+    num_gpus: int = 1
+    free_bytes: int | None = None
+    host_bytes: int | None = None
+    is_local: bool = False
+
+    @property
+    def label(self) -> str:
+        """The machine as one writes it: NAME or NAME:COUNT."""
+        return self.gpu.name if self.num_gpus == 1 else f"{self.gpu.name}:{self.num_gpus}"
