@@ -30,8 +30,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 """The legal values of the fields that are a closed choice; methods and optimizers are registries."""
 
-_POSITIVE = ("rank", "micro_batch_size", "grad_accum_steps", "seq_len", "num_gpus", "num_nodes")
-
 
 def _doc(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})
@@ -171,17 +169,9 @@ def _check_types(setup: TrainSetup) -> None:
 def _check_values(setup: TrainSetup) -> None:
     for name, choices in CHOICES.items():
         value = getattr(setup, name)
-        if name == "quant" and value is None:
-            continue
-        if value not in choices:
+        unset_quant = name == "quant" and value is None
+        if value not in choices and not unset_quant:
             raise SetupError(name, f"{value!r} is not one of {', '.join(map(str, choices))}")
-    for name in _POSITIVE:
-        if getattr(setup, name) < 1:
-            raise SetupError(name, f"{getattr(setup, name)} must be at least 1")
-    for name in ("max_steps", "eval_batch_size"):
-        value = getattr(setup, name)
-        if value is not None and value < 1:
-            raise SetupError(name, f"{value} must be at least 1")
     for name, low, high in _RANGES:
         value = getattr(setup, name)
         if value is not None and not low <= value <= high:
@@ -199,6 +189,9 @@ _RANGES = (
     ("micro_batch_size", 1, 1_048_576),
     ("grad_accum_steps", 1, 1_048_576),
     ("num_gpus", 1, 65_536),
+    ("num_nodes", 1, 65_536),
+    ("max_steps", 1, 1e12),
+    ("eval_batch_size", 1, 1_048_576),
     ("epochs", 1e-9, 1e6),
     ("learning_rate", 1e-12, 100.0),
     ("weight_decay", 0.0, 10.0),

@@ -1,0 +1,1 @@
+"""The training step on fake tensors, and the replay of the CUDA caching allocator."""
