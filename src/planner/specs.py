@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 class Matrix:
     """One weight matrix of a layer, as PEFT's `target_modules` and bitsandbytes see it.
 
-    `module` is the module's own name ("q_proj"); `role` is what it does whatever it is called
+    `module` is the module's own name ("q_proj"), `path` the same from the layer down ("self_attn.q_proj";
+    experts without their number); `role` is what it does whatever it is called
     (q, k, v, qkv, o, gate, up, gate_up, down, router, cross_q … or "other").
     `copies` counts equal matrices in the layer (experts); each sees `token_share` of the tokens
     (experts_per_token / num_experts for a routed expert, else 1).
@@ -27,6 +28,7 @@ class Matrix:
     copies: int = 1
     token_share: float = 1.0
     kind: str = "linear"
+    path: str = ""
 
     @property
     def num_weights(self) -> int:
