@@ -154,20 +154,21 @@ class Nvml(Protocol):
 
 def read_cards(nvml: Nvml) -> Cards:
     """Everything about this machine's cards; never raises for what a driver may do."""
+    ask = Asker("driver", stays=True)
     try:
         nvml.open()
     except NvmlQueryError as error:
         return Cards(missing=_why_missing(error), missing_reason=error.reason)
-    ask = Asker("driver", stays=True)
     try:
-        count = ask("number of cards", nvml.num_devices) or 0
-        read = [_read_card(nvml, index) for index in range(count)]
+        read = [_read_card(nvml, index) for index in range(nvml.num_devices())]
         return Cards(
             cards=tuple(card for card, _ in read),
             driver_version=ask("version", nvml.driver_version),
             cuda_version=ask("CUDA version", nvml.cuda_version),
             problems=(*ask.problems, *(line for _, lines in read for line in lines)),
         )
+    except NvmlQueryError as error:
+        return Cards(missing=_why_missing(error), missing_reason=error.reason)
     finally:
         ask("closing", nvml.close)
 
