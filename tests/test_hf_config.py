@@ -25,9 +25,15 @@ MIXTRAL = {
 def test_llama_3_1_8b_has_its_published_parameters():
     spec = model_spec(LLAMA)
     assert spec.num_params == 8_030_261_248
-    assert [
-        m.module for m in spec.layers[0].matrices
-    ] == "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    assert [m.module for m in spec.layers[0].matrices] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
 
 
 def test_experts_are_the_same_weights_however_they_are_stored():
@@ -39,7 +45,7 @@ def test_experts_are_the_same_weights_however_they_are_stored():
 
 @pytest.mark.parametrize("value", [-1, 0, "4096", 4096.0, True, 10**30, [], {}])
 def test_an_absurd_field_is_named_with_its_file(value):
-    with pytest.raises(ConfigError, match="some/config.json.*hidden_size"):
+    with pytest.raises(ConfigError, match=r"some/config\.json.*hidden_size"):
         model_spec({**LLAMA, "hidden_size": value}, where="some/config.json")
 
 

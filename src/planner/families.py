@@ -20,13 +20,18 @@ def _raw() -> Mapping[str, Any]:
     from pathlib import Path
 
     folder = Path(__file__).parents[2] / "profiles" / "models"
-    return tomllib.loads((folder / "families.toml").read_text())
+    return {path.stem: tomllib.loads(path.read_text()) for path in sorted(folder.glob("*.toml"))}
+
+
+def raw_models() -> Mapping[str, Mapping[str, Any]]:
+    """The model profiles by file."""
+    return {stem: models for stem, models in _raw().items() if stem != "families"}
 
 
 @functools.cache
 def model_types() -> tuple[str, ...]:
     """Every model_type that has a family."""
-    return tuple(name for name in _raw()["family"] if name != "base")
+    return tuple(name for name in _raw()["families"]["family"] if name != "base")
 
 
 @functools.cache
@@ -35,7 +40,7 @@ def family(model_type: str) -> Family:
 
     Raises NotModelledError with the nearest families when there is none.
     """
-    entry = _raw()["family"].get(model_type)
+    entry = _raw()["families"]["family"].get(model_type)
     if entry is None:
         near = ", ".join(nearest_names(model_type, model_types())) or ", ".join(model_types()[:6])
         raise NotModelledError(
@@ -48,7 +53,7 @@ def family(model_type: str) -> Family:
 def block(name: str) -> Mapping[str, Any]:
     """A named block of families.toml: its matrices and its `vectors` expression."""
     try:
-        found: Mapping[str, Any] = _raw()["block"][name]
+        found: Mapping[str, Any] = _raw()["families"]["block"][name]
     except KeyError:
         raise ProfileError(f"families.toml: no block {name!r}") from None
     return found

@@ -83,7 +83,8 @@ class ModelSpec:
     `embedding_params` counts token, position and type embeddings (elements); `token_embedding_params` only
     the matrix that a tied head shares. `head` is None where the model has no head of its own;
     with `tied_head` the head's weight is the token embedding and counts once.
-    `final_params`: final norms, poolers, head transforms (elements).
+    `final_params`: final norms, poolers, head transforms (elements); those of them that are linear modules
+    are named in `outside`. `note` says what the numbers leave out (a multi-modal model's other parts).
     `config` is the config.json that it came from.
     """
 
@@ -100,11 +101,13 @@ class ModelSpec:
     head: Matrix | None
     tied_head: bool
     final_params: int
+    outside: tuple[Matrix, ...] = ()
     logit_softcap: bool = False
     remote_code: bool = False
     license: str | None = None
     commercial: str | None = None
     source: str | None = None
+    note: str | None = None
     config: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     @property

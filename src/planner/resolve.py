@@ -1,0 +1,146 @@
+"""What a user calls a model -> ModelSpec: a profile's name, a folder, a config.json, a mapping, a hub id."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from planner import hub
+from planner.errors import ConfigError, UnknownNameError, fold_name
+from planner.families import raw_models
+from planner.hf_config import model_spec
+from planner.specs import ModelSpec
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_TEXT_FACTS = ("license", "commercial", "source")
+
+
+def resolve_model(
+    model: str | Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    offline: bool = True,
+    experts_as_linears: bool = False,
+) -> ModelSpec:
+    """The shapes of `model`: an inline config.json, a folder, a file, a profile name, or a hub id.
+
+    Case, blanks and hyphens don't matter in names. A hub id that no profile knows is looked up in the local
+    Hugging Face cache and, unless `offline`, on the hub (`revision` applies to these two).
+    Raises UnknownNameError with the nearest names, ConfigError, NotModelledError, or FinefitError when the
+    hub can't be reached.
+    """
+    if isinstance(model, Mapping):
+        return model_spec(model, where="inline config", experts_as_linears=experts_as_linears)
+    config_file = _config_file(model)
+    if config_file is not None:
+        return _read_spec(config_file, name=_folder_name(config_file), experts_as_linears=experts_as_linears)
+    entry = _index().get(fold_name(model))
+    if entry is not None:
+        return profile_spec(*entry, experts_as_linears=experts_as_linears)
+    if not _HUB_ID.fullmatch(model):
+        raise UnknownNameError("model", model, model_names())
+    cached = hub.cached_config(model, revision)
+    if cached is not None:
+        return _read_spec(cached, name=model, hub_id=model, experts_as_linears=experts_as_linears)
+    if offline:
+        raise UnknownNameError("model", model, model_names())
+    config = hub.fetch_config(model, revision)
+    return model_spec(
+        config,
+        name=model,
+        hub_id=model,
+        where=hub.config_url(model, revision),
+        experts_as_linears=experts_as_linears,
+    )
+
+
+def model_names() -> list[str]:
+    """Every model of the profiles, by its own name; variants that only differ in training are not listed."""
+    return [name for name, _ in profiles()]
+
+
+def profiles() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every model profile as (name, entry), in the files' order."""
+    for models in raw_models().values():
+        yield from models.items()
+
+
+def profile_spec(name: str, hub_id: str | None = None, *, experts_as_linears: bool = False) -> ModelSpec:
+    """The shapes of the profile `name`; `hub_id` picks one of its variants (default: the profile's own)."""
+    entry = _entries()[name]
+    own = entry.get("hub_id")
+    spec = model_spec(
+        entry["config"],
+        name=name if hub_id in (None, own) else hub_id.rpartition("/")[2],
+        hub_id=hub_id or own,
+        where=f"profiles/models: {name}",
+        experts_as_linears=experts_as_linears,
+    )
+    facts: dict[str, Any] = {key: entry.get(key) for key in _TEXT_FACTS}
+    return replace(spec, remote_code=spec.remote_code or bool(entry.get("remote_code")), **facts)
+
+
+@functools.cache
+def _entries() -> dict[str, Mapping[str, Any]]:
+    return dict(profiles())
+
+
+@functools.cache
+def _index() -> dict[str, tuple[str, str | None]]:
+    """Folded name -> (profile, hub id of the variant or None); a profile's own names win over variants."""
+    index: dict[str, tuple[str, str | None]] = {}
+    for name, entry in profiles():
+        for known in (name, *_both_names(entry.get("hub_id")), *entry.get("aliases", ())):
+            index.setdefault(fold_name(known), (name, None))
+    for name, entry in profiles():
+        for variant in entry.get("variants", ()):
+            for known in _both_names(variant):
+                index.setdefault(fold_name(known), (name, variant))
+    return index
+
+
+def _both_names(hub_id: str | None) -> tuple[str, ...]:
+    return () if hub_id is None else (hub_id, hub_id.rpartition("/")[2])
+
+
+def _config_file(model: str) -> Path | None:
+    """The config.json that `model` points at as a folder or a file; None when it is no path."""
+    if not model or "\0" in model or len(model) > 4096:
+        return None
+    path = Path(model).expanduser()
+    try:
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            return _missing_path(model)
+        if (path / "config.json").is_file():
+            return path / "config.json"
+    except OSError:
+        return None
+    if fold_name(model) in _index() or hub.cached_config(model, None):
+        return None
+    raise ConfigError(f"folder {model} has no config.json")
+
+
+def _missing_path(model: str) -> Path | None:
+    if model.endswith(".json") or model.startswith(("./", "../", "/", "~")):
+        raise ConfigError(f"{model}: no such file or folder")
+    return None
+
+
+def _folder_name(config_file: Path) -> str:
+    return config_file.resolve().parent.name if config_file.name == "config.json" else config_file.stem
+
+
+def _read_spec(path: Path, *, name: str, hub_id: str | None = None, experts_as_linears: bool) -> ModelSpec:
+    return model_spec(
+        hub.read_config(path),
+        name=name,
+        hub_id=hub_id,
+        where=str(path),
+        experts_as_linears=experts_as_linears,
+    )
