@@ -1,21 +1,21 @@
-"""Training files -> rows, without a tokenizer."""
+"""Training files -> rows, without a tokenizer.
+
+The columns tell the format (`planner.dataset_formats`); all rows of a data set have one. Every complaint is a
+DataError that names the file, the line, the fault and the remedy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-Reader = Callable[[Path], Iterator[tuple[int, object]]]
-"""A file as (line, record) pairs."""
+from planner.dataset_files import READERS, Fault, Reader, data_files
+from planner.dataset_formats import Format, Message, RowError, accepted_columns, detect
+from planner.errors import DataError
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
-    """One turn; `role` is system, user, assistant or tool."""
-
-    role: str
-    content: str
+__all__ = ["DatasetFacts", "Message", "Row", "content_sha256", "dataset_facts", "iter_rows", "read_rows"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,10 +27,23 @@ class Row:
     line: int
     path: str
 
+    @property
+    def num_chars(self) -> int:
+        """Characters of all turns, or of the text."""
+        return sum(len(m.content) for m in self.messages or ()) + len(self.text or "")
+
+    @property
+    def num_answer_chars(self) -> int:
+        """Characters of the assistant's turns."""
+        return sum(len(m.content) for m in self.messages or () if m.role == "assistant")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetFacts:
-    """What can be said of a data set without a tokenizer; lengths are in characters per row."""
+    """What can be said of a data set without a tokenizer; `p50_chars` … `max_chars` are characters per row.
+
+    `sha256` covers the names and bytes of all files. `num_duplicate_rows` counts rows that repeat an earlier one.
+    """
 
     path: str
     format: str
@@ -48,15 +61,148 @@ class DatasetFacts:
 
 
 def iter_rows(path: str | Path, *, readers: Mapping[str, Reader] | None = None) -> Iterator[Row]:
-    """The rows of a file, or of a folder's files in the order of their names; raises DataError at the first fault."""
-    raise NotImplementedError
+    """The rows of a file, or of a folder's files in the order of their names; raises DataError at the first fault.
+
+    `readers` adds readers of more kinds of file, by suffix.
+    """
+    for item in _Source(path, readers).rows_and_faults():
+        if isinstance(item, _FaultyRow):
+            raise item.as_error()
+        yield item
 
 
 def read_rows(path: str | Path, *, readers: Mapping[str, Reader] | None = None) -> list[Row]:
-    """All rows; raises DataError that counts the rows with the same fault."""
-    raise NotImplementedError
+    """All rows. Raises DataError with the first fault and the lines of the others."""
+    return _Source(path, readers).rows()
 
 
-def dataset_facts(path: str | Path) -> DatasetFacts:
-    """Facts of a data set; reads it once. Raises DataError."""
-    raise NotImplementedError
+def dataset_facts(path: str | Path, *, readers: Mapping[str, Reader] | None = None) -> DatasetFacts:
+    """Facts of a data set. Raises DataError."""
+    source = _Source(path, readers)
+    rows = source.rows()
+    lengths = sorted(row.num_chars for row in rows)
+    return DatasetFacts(
+        path=str(path),
+        format=source.format.name if source.format else "unknown",
+        num_files=len(source.files),
+        num_rows=len(rows),
+        num_duplicate_rows=len(rows) - len({row.messages or row.text for row in rows}),
+        sha256=source.sha256(),
+        total_chars=sum(lengths),
+        answer_chars=sum(row.num_answer_chars for row in rows),
+        p50_chars=nearest_rank(lengths, 0.50),
+        p90_chars=nearest_rank(lengths, 0.90),
+        p99_chars=nearest_rank(lengths, 0.99),
+        max_chars=lengths[-1],
+        ignored_columns=tuple(sorted(source.ignored_columns)),
+    )
+
+
+def content_sha256(path: str | Path, *, readers: Mapping[str, Reader] | None = None) -> str:
+    """Hash of the names and bytes of all files of a data set."""
+    return _Source(path, readers).sha256()
+
+
+def nearest_rank(sorted_values: Sequence[int], share: float) -> int:
+    """The smallest value that at least `share` of the values don't exceed.
+
+    >>> nearest_rank([1, 2, 3, 4], 0.5), nearest_rank([1, 2, 3, 4], 0.99)
+    (2, 4)
+    """
+    rank = math.ceil(round(len(sorted_values) * share, 6))
+    return sorted_values[max(rank, 1) - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class _FaultyRow:
+    path: str
+    line: int
+    message: str
+
+    def as_error(self, remark: str = "") -> DataError:
+        return DataError(self.path, self.message + remark, self.line)
+
+
+class _Source:
+    """The files of a data set, and what reading them has shown so far."""
+
+    def __init__(self, path: str | Path, readers: Mapping[str, Reader] | None) -> None:
+        self.path = Path(path)
+        self.readers = {**READERS, **(readers or {})}
+        self.files = data_files(self.path, self.readers)
+        self.format: Format | None = None
+        self.first = ""
+        self.ignored_columns: set[str] = set()
+
+    def rows(self) -> list[Row]:
+        rows: list[Row] = []
+        faults: list[_FaultyRow] = []
+        for item in self.rows_and_faults():
+            if isinstance(item, Row):
+                rows.append(item)
+            else:
+                faults.append(item)
+        if faults:
+            raise faults[0].as_error(_more(faults[1:]))
+        return rows
+
+    def rows_and_faults(self) -> Iterator[Row | _FaultyRow]:
+        num_records = 0
+        for file in self.files:
+            for line, record in self.readers[file.suffix.lower()](file):
+                num_records += 1
+                yield self._row_or_fault(str(file), line, record)
+        if num_records == 0:
+            raise DataError(str(self.path), "empty: there is no row in it")
+
+    def sha256(self) -> str:
+        import hashlib
+
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+            with file.open("rb") as opened:
+                while block := opened.read(2**20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def _row_or_fault(self, path: str, line: int, record: object) -> Row | _FaultyRow:
+        try:
+            if isinstance(record, Fault):
+                raise RowError(record.message)
+            if not isinstance(record, Mapping):
+                raise RowError("not a JSON object; each row is an object with named columns")
+            content = self._format_of(record, path, line).parse(record)
+        except RowError as error:
+            return _FaultyRow(path, line, str(error))
+        if isinstance(content, str):
+            return Row(text=content, line=line, path=path)
+        return Row(messages=content, line=line, path=path)
+
+    def _format_of(self, record: Mapping[str, object], path: str, line: int) -> Format:
+        """The data set's format, decided by its first record. Raises RowError where this one has another."""
+        if self.format is None:
+            self.format, self.first = detect(record), f"{path}:{line}"
+            if self.format is None:
+                raise DataError(path, f"columns {_names(record)}; accepted: {accepted_columns()}", line)
+        if not self.format.matches(record):
+            other = detect(record)
+            if other is not None:
+                raise RowError(f"mixed formats: {other.name} here, {self.format.name} in {self.first}")
+            missing = ", ".join(c for c in self.format.required if c not in record)
+            raise RowError(f"no column {missing} (format {self.format.name}); found {_names(record)}")
+        known = (*self.format.required, *self.format.optional)
+        self.ignored_columns.update(column for column in record if column not in known)
+        return self.format
+
+
+def _names(record: Mapping[str, object]) -> str:
+    names = [ascii(name)[1:-1][:40] for name in list(record)[:10]]
+    return ", ".join(names) + (", …" if len(record) > 10 else "") if names else "(none)"
+
+
+def _more(faults: list[_FaultyRow]) -> str:
+    if not faults:
+        return ""
+    lines = ", ".join(str(fault.line) for fault in faults[:5]) + (", …" if len(faults) > 5 else "")
+    return f" ({len(faults)} more faulty rows: lines {lines})"

@@ -1,0 +1,177 @@
+"""Training files as (line, record) pairs: JSON Lines, a JSON list, CSV. No record is interpreted here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from planner.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong with one record, and what to do about it."""
+
+    message: str
+
+
+Reader = Callable[[Path], Iterator[tuple[int, object]]]
+"""A file as (line, record) pairs; a record that can't be read is a Fault. Raises DataError for a whole file."""
+
+_MAX_CSV_FIELD_CHARS = 2**31 - 1
+"""csv's own limit of 131072 characters is shorter than an ordinary document."""
+
+
+def data_files(path: Path, suffixes: Iterable[str]) -> list[Path]:
+    """The file itself, or a folder's data files at any depth in the order of their names. Raises DataError."""
+    try:
+        return _data_files(path, sorted(suffixes))
+    except OSError as error:
+        raise DataError(str(path), f"can't be read: {error.strerror or error}") from error
+
+
+def _data_files(path: Path, accepted: list[str]) -> list[Path]:
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.suffix.lower() in accepted and _is_visible(p, path)]
+        if not found:
+            raise DataError(str(path), f"the folder holds no data file ({', '.join(accepted)})")
+        return sorted(found)
+    if not path.exists():
+        hint = "; download a hub data set as JSONL first" if ":" in path.name else ""
+        raise DataError(str(path), f"no such file or folder{hint}")
+    if path.suffix.lower() == ".parquet" and ".parquet" not in accepted:
+        raise DataError(str(path), "Parquet needs pyarrow: pip install pyarrow, or convert the file to JSONL")
+    if path.suffix.lower() not in accepted:
+        raise DataError(str(path), f"unknown kind of file; accepted are {', '.join(accepted)}")
+    return [path]
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """One JSON value per line; blank lines are skipped."""
+    for number, line in _text_lines(path):
+        if line.strip():
+            yield number, _parse_json(line)
+
+
+def read_json(path: Path) -> Iterator[tuple[int, object]]:
+    """A JSON list, or JSON Lines under the suffix .json."""
+    with _opened(path) as file:
+        starts_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    return _read_json_list(path) if starts_list else read_json_lines(path)
+
+
+def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, object]]:
+    """A table with a header line; a record's line is the one that it starts on."""
+    import csv
+
+    csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
+    table = csv.reader((line for _, line in _text_lines(path)), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    start = 1
+    while True:
+        try:
+            cells = next(table, None)
+        except csv.Error as error:
+            raise DataError(str(path), f"broken CSV: {error}", start) from error
+        if cells is None:
+            return
+        if header is None:
+            header = cells
+        elif cells:
+            yield start, _csv_record(header, cells)
+        start = table.line_num + 1
+
+
+def read_tsv(path: Path) -> Iterator[tuple[int, object]]:
+    """A table whose columns are separated by tabs."""
+    return read_csv(path, delimiter="\t")
+
+
+READERS: Mapping[str, Reader] = {
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+}
+"""Readers by suffix."""
+
+
+def _is_visible(path: Path, folder: Path) -> bool:
+    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(str(path), f"can't be read: {error.strerror or error}") from error
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines split at newlines only (JSON strings may hold other separators), decoded one by one."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            yield number, _decode(path, line, number)
+
+
+def _decode(path: Path, data: bytes, first_line: int) -> str:
+    try:
+        return data.decode("utf-8-sig" if first_line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        column = error.start - (data.rfind(b"\n", 0, error.start) + 1) + 1
+        what = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte 0x{data[error.start]:02X}"
+        fix = "save it as UTF-8, for example `iconv -f GB18030 -t UTF-8`"
+        raise DataError(str(path), f"not UTF-8 ({what} at byte {column} of the line); {fix}", line) from error
+
+
+def _parse_json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return Fault(f"broken JSON ({error.msg} at character {error.pos + 1}); each line must be one object")
+    except (ValueError, RecursionError) as error:
+        return Fault(f"JSON that can't be read ({str(error).splitlines()[0]})")
+
+
+def _read_json_list(path: Path) -> Iterator[tuple[int, object]]:
+    with _opened(path) as file:
+        text = _decode(path, file.read(), 1)
+    decode = json.JSONDecoder().raw_decode
+    line, counted, at = 1, 0, text.index("[") + 1
+    while True:
+        at = _skip_blanks(text, at)
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]":
+            break
+        try:
+            record, at = decode(text, at)
+        except (ValueError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(str(path), f"broken JSON in this item of the list ({reason})", line) from error
+        yield line, record
+        at = _skip_blanks(text, at)
+        if text[at : at + 1] == ",":
+            at += 1
+        elif text[at : at + 1] != "]":
+            raise DataError(str(path), "broken JSON: a comma or ] is missing after this item", line)
+    if text[at + 1 :].strip():
+        raise DataError(str(path), "text after the end of the JSON list", line)
+
+
+def _skip_blanks(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at
+
+
+def _csv_record(header: list[str], cells: list[str]) -> object:
+    if len(cells) != len(header):
+        return Fault(
+            f"{len(cells)} fields, but the header names {len(header)}; quote fields that hold commas"
+        )
+    return dict(zip(header, cells, strict=True))
