@@ -1,0 +1,243 @@
+"""Measurements, and the append-only files that keep them: one self-contained JSON line per run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from planner.errors import FinefitError
+from planner.files import append_line
+from planner.setup import TrainSetup
+
+SCHEMA_VERSION = 1
+"""Of the lines written here; a reader refuses others by name."""
+
+OUTCOMES = ("ok", "oom", "crash", "killed", "timeout")
+MAX_LINE_BYTES = 2**24
+"""A longer line is no record."""
+MAX_NUMBER = 2**63
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Raw figures of each step, in order. Tokens are real ones: padding does not count."""
+
+    warmup_wall_s: tuple[float, ...] = ()
+    step_wall_s: tuple[float, ...] = ()
+    step_cpu_s: tuple[float, ...] = ()
+    step_tokens: tuple[int, ...] = ()
+    losses: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What the run took; None where this machine can't say.
+
+    `peak_allocated_bytes`: live tensors, by torch.cuda or counted on the CPU. `peak_reserved_bytes`: the caching
+    allocator (CUDA only). `device_used_bytes`: the process on the card by NVML; on the CPU its resident set less
+    `baseline_host_bytes`, the resident set after the imports. `host_bytes`: the highest resident set.
+    `phases`: peak of allocated bytes by phase. `step_s` is the median step, `cpu_step_s` in CPU seconds.
+    """
+
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    device_used_bytes: int | None = None
+    host_bytes: int | None = None
+    baseline_host_bytes: int | None = None
+    phases: Mapping[str, int] = field(default_factory=dict)
+    step_s: float | None = None
+    low_step_s: float | None = None
+    high_step_s: float | None = None
+    cpu_step_s: float | None = None
+    tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One run of one setup. `time_utc` is ISO 8601; `gpu` names the machine that the prediction was for.
+
+    `outcome` is one of OUTCOMES; when it isn't "ok", `last_phase` says how far the run came, `error` why it
+    ended in one line, and `stderr_tail` what it printed last. `device`: "cuda", "cpu", or "" if unknown.
+    `environment`: versions, processor, driver, commit. `predicted`: the estimate's JSON, if one was given.
+    """
+
+    id: str
+    time_utc: str
+    setup: TrainSetup
+    gpu: str
+    device: str = ""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    outcome: str
+    last_phase: str | None = None
+    error: str | None = None
+    stderr_tail: str = ""
+    samples: Samples = field(default_factory=Samples)
+    measured: Measured = field(default_factory=Measured)
+    predicted: Mapping[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.outcome not in OUTCOMES:
+            raise ValueError(f"outcome {self.outcome!r} is not one of {', '.join(OUTCOMES)}")
+        for name in ("id", "time_utc", "gpu", "device", "stderr_tail"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is not a text")
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values; figures that aren't finite become null."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain |= {
+            "setup": self.setup.to_dict(),
+            "samples": asdict(self.samples),
+            "measured": asdict(self.measured),
+        }
+        return {"schema_version": SCHEMA_VERSION, **_finite(plain)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Measurement:
+        """The record that `to_json` wrote. Raises ValueError, TypeError or SetupError in one line for others."""
+        version = record.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version {version!r} is not known (this finefit reads {SCHEMA_VERSION})")
+        values = {key: value for key, value in record.items() if key != "schema_version"}
+        _check_keys(values, cls, required=("id", "time_utc", "setup", "gpu", "outcome"))
+        _check_numbers(values, "record")
+        return cls(
+            **{
+                **values,
+                "setup": TrainSetup.from_dict(_mapping(values, "setup")),
+                "samples": _samples(_mapping(values, "samples")),
+                "measured": _measured(_mapping(values, "measured")),
+                "environment": _mapping(values, "environment"),
+                "warnings": tuple(values.get("warnings", ())),
+            }
+        )
+
+
+def append_result(path: Path, measurement: Measurement) -> None:
+    """Add one line and fsync. A line that an earlier crash tore is ended first, so that it spoils no other."""
+    line = json.dumps(measurement.to_json(), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    if _is_torn(path):
+        append_line(path, "")
+    append_line(path, line)
+
+
+def read_results(path: Path) -> tuple[list[Measurement], list[str]]:
+    """All records of a file in order, and one warning (with its line number) for each line that was left out.
+
+    The file is never changed. Raises FinefitError when it can't be read.
+    """
+    found: list[Measurement] = []
+    warnings: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                problem = _read_line(line, found)
+                if problem:
+                    warnings.append(f"{path.name}:{number}: left out: {problem}")
+    except OSError as error:
+        raise FinefitError(f"can't read {path}: {error.strerror or error}") from error
+    return found, warnings
+
+
+def _read_line(line: bytes, found: list[Measurement]) -> str | None:
+    """Add the line's record to `found`, or say in one line what is wrong with it; blank lines are fine."""
+    if not line.strip():
+        return None
+    try:
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError("longer than any record")
+        record = json.loads(line, parse_constant=_refuse_constant)
+        if not isinstance(record, dict):
+            raise ValueError("not a JSON object")
+        found.append(Measurement.from_json(record))
+    except (ValueError, TypeError, KeyError, RecursionError, FinefitError) as error:
+        if not line.endswith(b"\n"):
+            return "it was cut off while it was written"
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _is_torn(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, 2) == 0:
+                return False
+            file.seek(-1, 2)
+            return file.read(1) != b"\n"
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise FinefitError(f"can't read {path}: {error.strerror or error}") from error
+
+
+def _check_keys(values: Mapping[str, Any], cls: type, required: tuple[str, ...] = ()) -> None:
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(values) - known)
+    missing = sorted(set(required) - set(values))
+    if unknown or missing:
+        words = f"unknown keys: {', '.join(unknown)}" if unknown else f"missing keys: {', '.join(missing)}"
+        raise ValueError(words)
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """Refuse what no run measures and other programs can't read: infinities and integers beyond 64 bits."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_numbers(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            _check_numbers(item, where)
+    elif isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
+        raise ValueError(f"{where}: a figure this large is no measurement")
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key, {})
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{key} is not an object")
+    return found
+
+
+def _samples(values: Mapping[str, Any]) -> Samples:
+    _check_keys(values, Samples)
+    for key, items in values.items():
+        if not isinstance(items, list):
+            raise ValueError(f"samples.{key} is not a list")
+        for item in items:
+            _check_figure(f"samples.{key}", item, may_be_negative=key == "losses")
+    return Samples(**{key: tuple(items) for key, items in values.items()})
+
+
+def _measured(values: Mapping[str, Any]) -> Measured:
+    _check_keys(values, Measured)
+    phases = _mapping(values, "phases")
+    for key, item in (*phases.items(), *((k, v) for k, v in values.items() if k != "phases")):
+        _check_figure(f"measured.{key}", item)
+    return Measured(**{**values, "phases": phases})
+
+
+def _check_figure(where: str, value: Any, *, may_be_negative: bool = False) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or (value < 0 and not may_be_negative):
+        raise ValueError(f"{where}: {value!r} is no measurement")
+
+
+def _finite(value: Any) -> Any:
+    """Plain JSON values; NaN and infinities (a diverged loss) become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,153 @@
+"""The results file: what was written is read back, and nothing that happens to a file loses another line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bench.store import OUTCOMES, Measured, Measurement, Samples, append_result, read_results
+from planner.errors import FinefitError
+from planner.setup import TrainSetup
+
+times = st.floats(0, 1e9)
+sizes = st.integers(0, 2**60)
+maybe_size = st.none() | sizes
+
+
+def record(**changes) -> Measurement:
+    base = Measurement(
+        id="run-1",
+        time_utc="2026-11-22T10:00:00Z",
+        setup=TrainSetup(model="smollm2-135m", method="qlora", targets=("q_proj", "v_proj")),
+        gpu="rtx-4090",
+        device="cuda",
+        environment={"versions": {"torch": "2.13.0"}},
+        outcome="ok",
+        samples=Samples(step_wall_s=(0.5, 0.4), step_cpu_s=(1.0, 0.9), losses=(2.0, 1.9)),
+        measured=Measured(peak_allocated_bytes=2**30, phases={"load": 2**20}, step_s=0.45),
+        predicted={"memory": {"peak_allocated_bytes": 2**30}},
+        warnings=("few samples",),
+    )
+    return replace(base, **changes)
+
+
+measurements = st.builds(
+    record,
+    id=st.text(max_size=20),
+    outcome=st.sampled_from(OUTCOMES),
+    stderr_tail=st.text(max_size=200),
+    error=st.none() | st.text(max_size=50),
+    samples=st.builds(
+        Samples,
+        step_wall_s=st.lists(times).map(tuple),
+        step_tokens=st.lists(sizes).map(tuple),
+        losses=st.lists(st.none() | st.floats(-1e6, 1e6)).map(tuple),
+    ),
+    measured=st.builds(
+        Measured,
+        peak_allocated_bytes=maybe_size,
+        host_bytes=maybe_size,
+        phases=st.dictionaries(st.text(max_size=8), sizes, max_size=3),
+        step_s=st.none() | times,
+    ),
+)
+
+on_disk = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+
+
+@on_disk
+@given(written=st.lists(measurements, max_size=4))
+def test_what_was_written_is_read_back(tmp_path, written):
+    path = tmp_path / "results.jsonl"
+    path.unlink(missing_ok=True)
+    path.touch()
+    for measurement in written:
+        append_result(path, measurement)
+    assert read_results(path) == (written, [])
+
+
+@on_disk
+@given(cut=st.integers(1, 2000))
+def test_a_torn_last_line_loses_only_itself(tmp_path, cut):
+    path = tmp_path / "results.jsonl"
+    path.unlink(missing_ok=True)
+    append_result(path, record(id="first"))
+    whole = path.read_bytes()
+    append_result(path, record(id="torn"))
+    path.write_bytes(path.read_bytes()[: len(whole) + min(cut, len(whole) - 20)])
+    torn = path.read_bytes()
+
+    found, warnings = read_results(path)
+    assert [m.id for m in found] == ["first"]
+    assert len(warnings) == 1 and "cut off" in warnings[0]
+    assert path.read_bytes() == torn
+
+    append_result(path, record(id="after"))
+    assert path.read_bytes().startswith(torn)
+    found, warnings = read_results(path)
+    assert [m.id for m in found] == ["first", "after"] and len(warnings) == 1
+
+
+def test_every_line_of_a_file_is_judged_alone(tmp_path):
+    path = tmp_path / "results.jsonl"
+    good = record().to_json()
+    broken = {
+        "2": {**good, "schema_version": 7},
+        "3": {**good, "setup": {**good["setup"], "rnk": 3}},
+        "4": {**good, "outcome": "great"},
+        "5": {key: value for key, value in good.items() if key != "gpu"},
+        "6": {**good, "surprise": 1},
+        "7": {**good, "measured": {"peak_allocated_bytes": -5}},
+        "8": {**good, "measured": {"step_s": "fast"}},
+        "9": {**good, "samples": {"step_wall_s": [True]}},
+        "10": {**good, "samples": {"step_wall_s": 3}},
+        "11": {**good, "environment": []},
+        "12": {**good, "id": 5},
+        "13": [good],
+    }
+    raw = {
+        "14": json.dumps(good).replace(": 0.45", ": NaN"),
+        "15": json.dumps(good).replace(": 0.45", ": 1e999"),
+        "16": json.dumps(good).replace(": 0.45", ": " + "9" * 400),
+        "17": json.dumps(good).replace(": 0.45", ": " + "9" * 5000),
+        "18": "[" * 100_000,
+        "19": "\0\xff",
+    }
+    lines = [json.dumps(good), *map(json.dumps, broken.values()), *raw.values(), "", json.dumps(good)]
+    path.write_text("\n".join(lines) + "\n", encoding="latin-1")
+    found, warnings = read_results(path)
+    assert found == [record(), record()]
+    assert [w.split(":")[1] for w in warnings] == [*broken, *raw]
+    assert "schema_version 7" in warnings[0] and "rnk" in warnings[1] and "great" in warnings[2]
+    assert "gpu" in warnings[3] and "surprise" in warnings[4]
+    assert all(len(w) < 300 and "\n" not in w for w in warnings)
+
+
+def test_a_diverged_loss_is_kept_as_null(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_result(path, record(samples=Samples(losses=(1.0, float("nan"), float("inf")))))
+    (found,), warnings = read_results(path)
+    assert found.samples.losses == (1.0, None, None) and warnings == []
+
+
+def test_each_line_stands_alone_as_plain_json(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_result(path, record(stderr_tail="line one\nline two \u2028 \u4e2d\u6587"))
+    assert path.read_bytes().count(b"\n") == 1
+    line = json.loads(path.read_text(encoding="utf-8"))
+    assert line["schema_version"] == 1
+    assert TrainSetup.from_dict(line["setup"]) == record().setup
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    with pytest.raises(FinefitError, match=r"can't read .*none\.jsonl"):
+        read_results(tmp_path / "none.jsonl")
+
+
+def test_an_unknown_outcome_cannot_be_made():
+    with pytest.raises(ValueError, match="great"):
+        record(outcome="great")
