@@ -1,0 +1,394 @@
+"""Transformer blocks as the operations that torch runs for them (see planner.tape).
+
+Each function mirrors the module of transformers or peft that it is named after: which casts it makes and
+which tensors each operation saves. Widths are bytes per element. Known simplifications: tensors below one
+element per head and token (rotary tables, positions, routing indices) are left out; experts are taken as
+evenly loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.specs import LayerSpec, Matrix, ModelSpec
+from planner.tape import (
+    LOGITS,
+    WORKSPACE,
+    ZERO,
+    BlockMemory,
+    Size,
+    Snapshot,
+    Tape,
+    Tensor,
+    add,
+    constant,
+    per_token,
+    scale,
+)
+
+FULL_WIDTH = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What of a TrainSetup decides which tensors a block makes; widths in bytes per element.
+
+    `weight` of the 16/32-bit matrices, `norm` of norm weights (4 under kbit_upcast), `compute` of matrix
+    products, `adapter` of adapters, `stream` of the embedding's output. `adapted` holds the matrices' paths
+    that get an adapter of `rank`. `quantised`: linears are bitsandbytes' 4-bit (or 8-bit) ones.
+    `fused`: Triton norms and rotary embeddings that save their input only. `on_gpu`: flash or
+    memory-efficient kernels of CUDA instead of the CPU's.
+    """
+
+    weight: int
+    norm: int
+    compute: int
+    stream: int
+    adapter: int = 0
+    rank: int = 0
+    adapted: frozenset[str] = frozenset()
+    trains_base: bool = False
+    autocast: bool = False
+    quantised: bool = False
+    attention: str = "sdpa"
+    fused: bool = False
+    on_gpu: bool = True
+
+
+def layer_memory(layer: LayerSpec, hidden_size: int, recipe: Recipe) -> BlockMemory:
+    """One decoder or encoder layer: what it saves, and its peaks."""
+    block = _Block(recipe)
+    stream = block.tape.input(per_token(recipe.stream * hidden_size), recipe.stream)
+    hidden = block.attention(block.norm(stream, hidden_size, layer.norm), layer)
+    stream = block.residual(stream, hidden, hidden_size)
+    hidden = block.feed_forward(block.norm(stream, hidden_size, layer.norm), layer, hidden_size)
+    block.residual(stream, hidden, hidden_size)
+    return block.tape.play()
+
+
+def head_memory(model: ModelSpec, norm: str, recipe: Recipe, bytes_per_logit: LossBytes) -> BlockMemory:
+    """Final norm, head and loss with all logits materialised."""
+    block = _Block(recipe)
+    size = per_token(recipe.stream * model.hidden_size)
+    stream = block.tape.input(size, recipe.stream)
+    hidden = block.norm(stream, model.hidden_size, norm)
+    if model.head is not None:
+        block.loss(hidden, model.head, model.tied_head, bytes_per_logit)
+    return block.tape.play()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossBytes:
+    """How a loss with materialised logits treats them.
+
+    `upcast`: logits are cast to float32. `shift_copy`: they are then sliced and copied (transformers before
+    the labels were padded instead). `keeps_16bit`: the model's output still holds the 16-bit logits while
+    the loss runs. `in_place_grad`: a fused kernel writes the gradient over the logits.
+    """
+
+    upcast: bool = True
+    shift_copy: bool = False
+    keeps_16bit: bool = True
+    in_place_grad: bool = False
+    scaled: bool = False
+
+
+class _Block:
+    """Builds a tape from modules; every method returns the module's output."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.tape = Tape()
+
+    def norm(self, x: Tensor, width: int, kind: str) -> Tensor:
+        """RMSNorm as transformers writes it (float32 inside), or torch's LayerNorm."""
+        if self.recipe.fused:
+            return self._fused_norm(x, width)
+        if kind == "layernorm":
+            return self._layer_norm(x, width)
+        return self._rms_norm(x, width)
+
+    def _weight_grad(self, num_elements: int, width: int) -> Size:
+        return constant(num_elements * width) if self.recipe.trains_base else ZERO
+
+    def _rms_norm(self, x: Tensor, width: int) -> Tensor:
+        full = self.cast(x, FULL_WIDTH, width)
+        wide = per_token(FULL_WIDTH * width)
+        scale = self.tape.run(
+            [full], per_token(FULL_WIDTH), FULL_WIDTH, saves=[full], temp=wide, grad_temp=wide
+        )
+        normed = self.tape.run([full, scale], wide, FULL_WIDTH, saves=[full, scale])
+        normed = self.cast(normed, x.width, width)
+        out = max(x.width, self.recipe.norm)
+        saves = [normed] if self.recipe.trains_base else []
+        grad = self._weight_grad(width, self.recipe.norm)
+        return self.tape.run([normed], per_token(out * width), out, saves=saves, weight_grad=grad)
+
+    def _fused_norm(self, x: Tensor, width: int) -> Tensor:
+        grad = self._weight_grad(width, self.recipe.norm)
+        return self.tape.run(
+            [x], per_token(x.width * width + FULL_WIDTH), x.width, saves=[x], weight_grad=grad
+        )
+
+    def _layer_norm(self, x: Tensor, width: int) -> Tensor:
+        if self.recipe.autocast:
+            x = self.cast(x, FULL_WIDTH, width)
+        grad = self._weight_grad(2 * width, self.recipe.norm)
+        out = per_token(x.width * width + 2 * FULL_WIDTH)
+        return self.tape.run([x], out, x.width, saves=[x], weight_grad=grad)
+
+    def cast(self, x: Tensor, width: int, num_elements: float, category: int | None = None) -> Tensor:
+        """x.to(dtype): nothing where it has that width already."""
+        if x.width == width:
+            return x
+        kind = x.category if category is None else category
+        return self.tape.run([x], per_token(width * num_elements), width, category=kind)
+
+    def residual(self, stream: Tensor, update: Tensor, hidden_size: int) -> Tensor:
+        """stream + update, in the wider of both dtypes."""
+        width = max(stream.width, update.width)
+        return self.tape.run([stream, update], per_token(width * hidden_size), width)
+
+    def linear(self, x: Tensor, matrix: Matrix, tokens_per_token: float = 1.0) -> Tensor:
+        """nn.Linear or bitsandbytes' linear, with its adapter.
+
+        `tokens_per_token` is above 1 for routed tokens. Under autocast the 16-bit copy of a float32 weight is
+        saved for the backward of its product.
+        """
+        is_quantised = (
+            self.recipe.quantised and matrix.kind in ("linear", "conv1d") and matrix.role != "router"
+        )
+        base = self._quantised_linear if is_quantised else self._plain_linear
+        out = base(x, matrix, tokens_per_token)
+        if matrix.path in self.recipe.adapted:
+            out = self._adapter(x, out, matrix, tokens_per_token, is_quantised)
+        return out
+
+    def _plain_linear(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
+        recipe = self.recipe
+        x = self.cast(x, recipe.compute, matrix.in_features * share)
+        saved = [x] if recipe.trains_base else []
+        inputs = [x]
+        if recipe.weight != recipe.compute:
+            copy = self.tape.run(
+                [], constant(matrix.num_weights * recipe.compute), recipe.compute, category=WORKSPACE
+            )
+            inputs.append(copy)
+            saved.append(copy)
+        grad = self._weight_grad(matrix.num_weights + matrix.num_biases, recipe.weight)
+        out = per_token(recipe.compute * matrix.out_features * share)
+        return self.tape.run(inputs, out, recipe.compute, saves=saved, weight_grad=grad)
+
+    def _quantised_linear(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
+        """bitsandbytes' MatMul4Bit: saves the packed weight only, dequantises in forward and backward."""
+        recipe = self.recipe
+        asked = x.width
+        x = self.cast(x, recipe.compute, matrix.in_features * share)
+        whole = constant(recipe.compute * matrix.num_weights / matrix.copies)
+        out = per_token(recipe.compute * matrix.out_features * share)
+        result = self.tape.run([x], out, recipe.compute, temp=whole, grad_temp=whole)
+        return self.cast(result, asked, matrix.out_features * share)
+
+    def _adapter(self, x: Tensor, out: Tensor, matrix: Matrix, share: float, is_quantised: bool) -> Tensor:
+        """out + B(A(x)) as peft's Linear does it; its 4-bit linear leaves the casts to autocast."""
+        recipe = self.recipe
+        casts_input = not (is_quantised and recipe.autocast)
+        if casts_input:
+            x = self.cast(x, recipe.adapter, matrix.in_features * share)
+        inner = recipe.compute if recipe.autocast else recipe.adapter
+        x = self.cast(x, inner, matrix.in_features * share)
+        weights_a = recipe.rank * matrix.in_features * matrix.copies * recipe.adapter
+        weights_b = recipe.rank * matrix.out_features * matrix.copies * recipe.adapter
+        low = self.tape.run(
+            [x], per_token(inner * recipe.rank * share), inner, saves=[x], weight_grad=constant(weights_a)
+        )
+        wide = per_token(inner * matrix.out_features * share)
+        high = self.tape.run([low], wide, inner, saves=[low], weight_grad=constant(weights_b))
+        high = self.tape.run([high], wide, inner)
+        width = max(out.width, inner)
+        total = self.tape.run([out, high], per_token(width * matrix.out_features * share), width)
+        return self.cast(total, out.width, matrix.out_features * share)
+
+    def attention(self, x: Tensor, layer: LayerSpec) -> Tensor:
+        """Projections, rotary embedding, attention kernel, output projection."""
+        roles = {m.role: m for m in layer.matrices}
+        query, key, value = self._projections(x, roles, layer)
+        context = self._kernel(query, key, value, layer)
+        if "o" not in roles:
+            return context
+        return self.linear(context, roles["o"])
+
+    def _projections(
+        self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if "qkv" in roles:
+            joint = self.linear(x, roles["qkv"])
+            query = key = value = joint
+        else:
+            query, key, value = (self._projection(x, roles, part) for part in ("q", "k", "v"))
+        width_q, width_k = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        if layer.qk_norm != "none":
+            query, key = self._rms_norm(query, width_q), self._rms_norm(key, width_k)
+        return self._rotary(query, width_q), self._rotary(key, width_k), value
+
+    def _projection(self, x: Tensor, roles: dict[str, Matrix], part: str) -> Tensor:
+        """q, k or v; multi-head latent attention goes through a narrow matrix, a norm, and a wide one."""
+        if part in roles:
+            return self.linear(x, roles[part])
+        narrow, wide = roles.get(f"{part}_a", roles.get("kv_a")), roles.get(f"{part}_b", roles.get("kv_b"))
+        if narrow is None or wide is None:
+            return x
+        return self.linear(self._rms_norm(self.linear(x, narrow), narrow.out_features), wide)
+
+    def _rotary(self, x: Tensor, width: int) -> Tensor:
+        size = per_token(x.width * width)
+        temp = ZERO if self.recipe.fused else add(size, size)
+        return self.tape.run([x], size, x.width, temp=temp, grad_temp=temp)
+
+    def _kernel(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
+        if self.recipe.attention == "eager":
+            return self._eager(query, key, value, layer)
+        width = self.recipe.compute
+        heads = layer.num_heads
+        query, key, value = (self.cast(t, width, t.size[1] / t.width) for t in (query, key, value))
+        out = per_token(width * heads * layer.value_head_dim + FULL_WIDTH * heads)
+        saves = [query, key, value]
+        return self.tape.run(
+            saves, out, width, saves=saves, saves_output=True, grad_temp=self._flash_temp(layer)
+        )
+
+    def _flash_temp(self, layer: LayerSpec) -> Size:
+        """FlashAttention-2's backward: a float32 query gradient, and key/value gradients for every head."""
+        if not self.recipe.on_gpu:
+            return ZERO
+        heads, width = layer.num_heads, self.recipe.compute
+        temp = FULL_WIDTH * heads * layer.head_dim + FULL_WIDTH * heads
+        if layer.num_kv_heads != heads:
+            temp += width * heads * (layer.head_dim + layer.value_head_dim)
+        return per_token(temp)
+
+    def _eager(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
+        """Scores, mask, float32 softmax, product: everything of size heads x sequence x tokens."""
+        heads, width = layer.num_heads, self.recipe.compute
+        if layer.num_kv_heads != heads:
+            repeated = per_token(width * heads * layer.head_dim)
+            key, value = self.tape.run([key], repeated, width), self.tape.run([value], repeated, width)
+        scores: Size = (0.0, 0.0, width * heads)
+        weights = self.tape.run([query, key], scores, width, saves=[query, key], temp=scores)
+        weights = self.tape.run([weights], scores, width)
+        full: Size = (0.0, 0.0, FULL_WIDTH * heads)
+        weights = self.tape.run([weights], full, FULL_WIDTH, saves_output=True)
+        if width != FULL_WIDTH:
+            weights = self.tape.run([weights], scores, width)
+        out = per_token(width * heads * layer.value_head_dim)
+        return self.tape.run([weights, value], out, width, saves=[weights, value])
+
+    def feed_forward(self, x: Tensor, layer: LayerSpec, hidden_size: int) -> Tensor:
+        """The MLP, or the experts and those that are shared."""
+        dense = {m.role: m for m in layer.matrices if m.token_share == 1.0}
+        routed = {m.role: m for m in layer.matrices if m.token_share < 1.0}
+        parts = []
+        if "down" in dense:
+            parts.append(self._mlp(x, dense, 1.0))
+        if "shared_down" in dense:
+            names = {
+                role.removeprefix("shared_"): m for role, m in dense.items() if role.startswith("shared_")
+            }
+            parts.append(self._mlp(x, names, 1.0))
+        if "down" in routed:
+            parts.append(self._experts(x, routed, layer, hidden_size))
+        if not parts:
+            return x
+        total = parts[0]
+        for part in parts[1:]:
+            total = self.residual(total, part, hidden_size)
+        return total
+
+    def _experts(self, x: Tensor, routed: dict[str, Matrix], layer: LayerSpec, hidden_size: int) -> Tensor:
+        """All experts at once (grouped products), or one after the other where they are separate linears.
+
+        One after the other, what the first ones save waits while the last one is at work.
+        """
+        chosen = float(layer.experts_per_token)
+        if routed["down"].kind == "parameter":
+            out = self._expert(x, routed, chosen, hidden_size)
+            return self.tape.run([out], per_token(x.width * hidden_size), x.width)
+        share = chosen / layer.num_experts
+        waiting = _Block(self.recipe)
+        waiting._expert(waiting.tape.input(x.size, x.width), routed, share, hidden_size)
+        saved = scale(_total(waiting.tape.play().saved), layer.num_experts - 1)
+        stash = self.tape.run([x], saved, x.width, saves_output=True)
+        stash.needs_grad = False
+        out = self._expert(x, routed, share, hidden_size)
+        return self.tape.run([out, stash], per_token(x.width * hidden_size), x.width)
+
+    def _expert(self, x: Tensor, routed: dict[str, Matrix], share: float, hidden_size: int) -> Tensor:
+        """Tokens gathered for their experts, transformed, weighted by the router."""
+        gathered = self.tape.run([x], per_token(x.width * hidden_size * share), x.width)
+        out = self._mlp(gathered, routed, share)
+        size = per_token(out.width * hidden_size * share)
+        return self.tape.run([out], size, out.width, saves=[out])
+
+    def _mlp(self, x: Tensor, roles: dict[str, Matrix], share: float) -> Tensor:
+        down = roles["down"]
+        inner = down.in_features * share
+        if "gate_up" in roles:
+            gate = up = self.linear(x, roles["gate_up"], share)
+        elif "gate" in roles:
+            gate, up = self.linear(x, roles["gate"], share), self.linear(x, roles["up"], share)
+        else:
+            hidden = self.linear(x, roles["up"], share)
+            return self.linear(self._activation(hidden, inner), down, share)
+        size = per_token(gate.width * inner)
+        if self.recipe.fused:
+            product = self.tape.run([gate, up], size, gate.width, saves=[gate, up])
+        else:
+            active = self._activation(gate, inner)
+            product = self.tape.run([active, up], size, gate.width, saves=[active, up])
+        return self.linear(product, down, share)
+
+    def _activation(self, x: Tensor, num_elements: float) -> Tensor:
+        return self.tape.run([x], per_token(x.width * num_elements), x.width, saves=[x])
+
+    def loss(self, hidden: Tensor, head: Matrix, tied: bool, kind: LossBytes) -> None:
+        """Head product, float32 copy, log-softmax, negative log-likelihood.
+
+        The model's forward still holds the head's input while the loss runs.
+        """
+        last_hidden = hidden
+        recipe, num = self.recipe, head.out_features
+        hidden = self.cast(hidden, recipe.compute, head.in_features)
+        saves = [hidden] if recipe.trains_base else []
+        grad = self._weight_grad(head.num_weights, recipe.weight)
+        narrow, wide = per_token(recipe.compute * num), per_token(FULL_WIDTH * num)
+        logits = self.tape.run(
+            [hidden], narrow, recipe.compute, saves=saves, weight_grad=grad, category=LOGITS
+        )
+        first = logits
+        if kind.scaled:
+            first = logits = self.tape.run([logits], narrow, recipe.compute, category=LOGITS)
+        if kind.in_place_grad:
+            self.tape.run([logits], per_token(FULL_WIDTH), FULL_WIDTH, saves=[logits], category=LOGITS)
+            return
+        if kind.upcast and recipe.compute != FULL_WIDTH:
+            logits = self.tape.run([logits], wide, FULL_WIDTH, category=LOGITS)
+        if kind.shift_copy:
+            upcast = logits
+            logits = self.tape.run([logits], wide, FULL_WIDTH, category=LOGITS)
+            self._hold_until_loss(upcast)
+        if kind.keeps_16bit:
+            self._hold_until_loss(first)
+        self._hold_until_loss(last_hidden)
+        log_probs = self.tape.run([logits], wide, FULL_WIDTH, saves_output=True, category=LOGITS)
+        self.tape.run([log_probs], ZERO, FULL_WIDTH, saves=[log_probs], category=LOGITS)
+
+    def _hold_until_loss(self, tensor: Tensor) -> None:
+        """A Python variable that keeps a tensor alive until the loss is there."""
+        tensor.last_use = len(self.tape.operations)
+
+
+def _total(snapshot: Snapshot) -> Size:
+    total = ZERO
+    for size in snapshot:
+        total = add(total, size)
+    return total

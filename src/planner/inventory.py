@@ -1,0 +1,182 @@
+"""What a setup keeps in memory whatever the batch is: weights, adapters, trained tensors, optimizer states.
+
+All sizes are whole models', before any sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from planner.layers import adapter_rank, quantised_matrices, target_matrices
+from planner.methods import find_method
+from planner.optimizers import Optimizer, find_optimizer
+from planner.setup import TrainSetup
+from planner.specs import LayerSpec, Matrix, ModelSpec
+from planner.units import DTYPE_BYTES
+
+ABSMAX_BLOCK = 64
+"""Weights per quantisation constant (bitsandbytes' default blocksize for 4-bit weights)."""
+NESTED_BLOCK = 256
+"""Constants per second-level constant under double quantisation (bitsandbytes.functional.quantize_4bit)."""
+CODEBOOK_BYTES = 16 * 4
+NESTED_CODEBOOK_BYTES = 256 * 4
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedTensor:
+    """`count` equal parameters of rows x columns that train; `width` is their bytes per element."""
+
+    rows: int
+    columns: int
+    count: int
+    width: int
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of one of them."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inventory:
+    """Bytes that are there during the whole run, and what of them trains.
+
+    `host_states_bytes` are paged optimizer states, which live in managed host memory.
+    `largest_layer_bytes` and `root_bytes` are the weights that sharded training gathers at once: the largest
+    layer's, and everything outside the layers.
+    """
+
+    weights_bytes: int
+    adapters_bytes: int
+    master_bytes: int
+    gradients_bytes: int
+    states_bytes: int
+    host_states_bytes: int
+    step_bytes: int
+    largest_trained_bytes: int
+    largest_layer_bytes: int
+    root_bytes: int
+    trained_params: int
+
+
+def take_inventory(setup: TrainSetup, model: ModelSpec) -> Inventory:
+    """Everything that doesn't depend on the batch. Raises SetupError for targets that match nothing."""
+    optimizer = find_optimizer(setup.optimizer)
+    trained = list(trained_tensors(setup, model))
+    gradients = sum(t.num_elements * t.count * t.width for t in trained)
+    states, on_host = _states(optimizer, trained)
+    largest = max(t.num_elements * t.width for t in trained)
+    has_master = setup.master_weights == "float32"
+    num_trained = sum(t.num_elements * t.count for t in trained)
+    return Inventory(
+        weights_bytes=_weights(setup, model),
+        adapters_bytes=gradients if setup.uses_adapters else 0,
+        master_bytes=4 * num_trained if has_master else 0,
+        gradients_bytes=gradients,
+        states_bytes=states,
+        host_states_bytes=on_host,
+        step_bytes=round(optimizer.step_copies * (largest if setup.optimizer_in_backward else gradients)),
+        largest_trained_bytes=largest,
+        largest_layer_bytes=max(_layer_bytes(setup, layer) for layer in model.layers),
+        root_bytes=_root_params(model) * unquantised_width(setup),
+        trained_params=num_trained,
+    )
+
+
+def unquantised_width(setup: TrainSetup) -> int:
+    """Bytes per element of the weights that are not quantised."""
+    if setup.quant and setup.kbit_upcast:
+        return 4
+    return DTYPE_BYTES[setup.weights_dtype]
+
+
+def trained_tensors(setup: TrainSetup, model: ModelSpec) -> Iterator[TrainedTensor]:
+    """Every parameter that trains."""
+    if not find_method(setup.method).trains_base:
+        yield from _adapter_tensors(setup, model)
+        return
+    width = DTYPE_BYTES[setup.weights_dtype]
+    yield TrainedTensor(model.embedding_params // model.hidden_size, model.hidden_size, 1, width)
+    for layer in model.layers:
+        for matrix in layer.matrices:
+            yield from _matrix_tensors(matrix, layer.count, width)
+        yield TrainedTensor(1, layer.norm_params, layer.count, width)
+    for matrix in model.outside:
+        yield from _matrix_tensors(matrix, 1, width)
+    if model.head is not None and not model.tied_head:
+        yield from _matrix_tensors(model.head, 1, width)
+    if model.final_params:
+        yield TrainedTensor(1, model.final_params, 1, width)
+
+
+def _matrix_tensors(matrix: Matrix, count: int, width: int) -> Iterator[TrainedTensor]:
+    is_joint = matrix.kind == "parameter"
+    rows = matrix.out_features * (matrix.copies if is_joint else 1)
+    yield TrainedTensor(rows, matrix.in_features, count * (1 if is_joint else matrix.copies), width)
+    if matrix.bias:
+        yield TrainedTensor(1, matrix.out_features, count * matrix.copies, width)
+
+
+def _adapter_tensors(setup: TrainSetup, model: ModelSpec) -> Iterator[TrainedTensor]:
+    width = DTYPE_BYTES[setup.adapter_dtype]
+    for layer, matrix in target_matrices(model, setup.targets):
+        rank = adapter_rank(matrix, setup.rank)
+        copies = layer.count * matrix.copies
+        yield TrainedTensor(rank, matrix.in_features, copies, width)
+        yield TrainedTensor(matrix.out_features, rank, copies, width)
+
+
+def _states(optimizer: Optimizer, trained: list[TrainedTensor]) -> tuple[int, int]:
+    """Optimizer states on the device and in managed host memory."""
+    device = host = 0
+    for tensor in trained:
+        dims = (tensor.rows, tensor.columns) if tensor.rows > 1 else None
+        size = tensor.count * optimizer.state_bytes(tensor.num_elements, tensor.width, dims)
+        if optimizer.is_on_host(tensor.num_elements):
+            host += size
+        else:
+            device += size
+    return device, host
+
+
+def quantised_bytes(num_weights: int, rows: int, quant: str) -> int:
+    """Bytes of one quantised matrix: packed weights, constants, code books.
+
+    bitsandbytes: 4-bit weights with one float32 constant per 64; `nf4-double` keeps the constants in 8 bits
+    with one float32 per 256 and an offset; int8 keeps one float32 per row.
+    """
+    if quant == "int8":
+        return num_weights + 4 * rows
+    blocks = -(-num_weights // ABSMAX_BLOCK)
+    packed = -(-num_weights // 2) + CODEBOOK_BYTES
+    if quant == "nf4-double":
+        return packed + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 + NESTED_CODEBOOK_BYTES
+    return packed + 4 * blocks
+
+
+def _weights(setup: TrainSetup, model: ModelSpec) -> int:
+    width = unquantised_width(setup)
+    if not setup.quant:
+        return model.num_params * width
+    packed = num_packed = 0
+    for layer, matrix in quantised_matrices(model):
+        one = quantised_bytes(matrix.num_weights // matrix.copies, matrix.out_features, setup.quant)
+        packed += layer.count * matrix.copies * one
+        num_packed += layer.count * matrix.num_weights
+    return packed + (model.num_params - num_packed) * width
+
+
+def _layer_bytes(setup: TrainSetup, layer: LayerSpec) -> int:
+    width = unquantised_width(setup)
+    if not setup.quant:
+        return layer.num_params * width
+    linears = [m for m in layer.matrices if m.kind != "parameter"]
+    packed = sum(
+        m.copies * quantised_bytes(m.num_weights // m.copies, m.out_features, setup.quant) for m in linears
+    )
+    return packed + (layer.num_params - sum(m.num_weights for m in linears)) * width
+
+
+def _root_params(model: ModelSpec) -> int:
+    return model.num_params - sum(layer.count * layer.num_params for layer in model.layers)
