@@ -35,13 +35,19 @@ def make_rows(folder: str) -> Iterator[dict[str, object]]:
     for file in sorted(corpus.iterdir(), key=lambda f: f.name):
         has_alternatives = (folder, file.name) in ALTERNATIVES
         for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-            turns = [" ".join(turn.split()) for turn in entry] if isinstance(entry, list) else []
+            turns = [clean(turn) for turn in entry] if isinstance(entry, list) else []
             if len(turns) < 2 or not all(turns):
                 continue
             if has_alternatives:
                 yield from (make_row([turns[0], answer]) for answer in turns[1:])
             else:
                 yield make_row(turns)
+
+
+def clean(turn: str) -> str:
+    """Without blanks at the ends; runs of blanks become one, except in text of several lines (code)."""
+    text = turn.strip()
+    return text if "\n" in text else " ".join(text.split())
 
 
 def make_row(turns: list[str]) -> dict[str, object]:
