@@ -1,0 +1,275 @@
+"""TrainSetup -> the model that trains. The trace, the benchmark and the run all build it here.
+
+Nothing in here looks at the value of a tensor, so a model can be built on the meta device and traced with fake
+tensors: `build_model(setup, weights=None, meta=True)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from planner.errors import ConfigError, FinefitError, NotModelledError, SetupError
+from planner.methods import find_method
+from planner.resolve import resolve_model
+from planner.setup import TrainSetup
+
+AUTO_CLASSES = {
+    "sft": "AutoModelForCausalLM",
+    "pretrain": "AutoModelForCausalLM",
+    "dpo": "AutoModelForCausalLM",
+    "mlm": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "seq-cls": "AutoModelForSequenceClassification",
+}
+"""transformers' class for each objective."""
+
+ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
+"""transformers' name of each attention kernel."""
+
+QUANTISATIONS: dict[str, dict[str, Any]] = {
+    "nf4-double": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "nf4": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
+    "fp4": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "int8": {},
+}
+"""BitsAndBytesConfig's arguments beside load_in_4bit or load_in_8bit and the compute dtype."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`bfloat16` -> torch.bfloat16."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_config(setup: TrainSetup, weights: Path | None) -> Any:
+    """The model's transformers config: of `weights`, else of the setup's inline config, folder or profile.
+
+    Raises ConfigError where transformers can't read it; code that a model brings along is never run.
+    """
+    try:
+        if weights is not None:
+            config = transformers.AutoConfig.from_pretrained(weights, local_files_only=True)
+        else:
+            values = dict(_config_values(setup))
+            config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{setup.model_label}: transformers can't read the config: {reason}") from error
+    config.use_cache = False
+    return config
+
+
+def _config_values(setup: TrainSetup) -> Mapping[str, Any]:
+    if isinstance(setup.model, Mapping):
+        return setup.model
+    # The planner's names and its checks of a config.json hold here too.
+    return resolve_model(setup.model, revision=setup.revision).config
+
+
+def build_model(
+    setup: TrainSetup, *, weights: Path | None = None, device: str | torch.device = "cpu", meta: bool = False
+) -> nn.Module:
+    """The model as it trains: quantised, with its adapters, checkpointed, compiled, in training mode.
+
+    `weights` is a folder with safetensors; None (or `setup.from_scratch`) gives random weights from `setup.seed`.
+    `meta` builds shapes only, on the meta device, with sdpa in place of a flash kernel that isn't here, and
+    without compiling; quantised linears then hold bitsandbytes' parameters on meta, not yet packed.
+    Sets torch's global seed. Raises ConfigError, SetupError (targets, quant) or FinefitError.
+    """
+    torch.manual_seed(setup.seed)
+    config = load_config(setup, weights)
+    # A scratch folder may hold a config alone; its weights, if any, are not wanted.
+    source = None if setup.from_scratch or meta else weights
+    model = _base_model(setup, config, source, torch.device("meta") if meta else torch.device(device), meta)
+    if setup.quant and setup.kbit_upcast:
+        _upcast_unquantised(model)
+    model = add_adapters(setup, model, meta=meta)
+    switch_checkpointing(setup, model)
+    if setup.compile and not meta:
+        compile_layers(model)
+    return model.train()
+
+
+def _base_model(
+    setup: TrainSetup, config: Any, source: Path | None, device: torch.device, meta: bool
+) -> nn.Module:
+    auto_class = getattr(transformers, AUTO_CLASSES[setup.objective])
+    attention = "sdpa" if meta and setup.attention == "flash" else ATTENTION[setup.attention]
+    options: dict[str, Any] = {
+        "dtype": torch_dtype(setup.weights_dtype),
+        "attn_implementation": attention,
+    }
+    try:
+        if source is None:
+            with device:
+                model: nn.Module = auto_class.from_config(config, **options)
+            return quantise(setup, model, device) if setup.quant else model
+        if setup.quant:
+            options["quantization_config"] = quantisation_config(setup)
+        model = auto_class.from_pretrained(
+            source,
+            config=config,
+            device_map={"": device},
+            local_files_only=True,
+            use_safetensors=True,
+            **options,
+        )
+    except (ValueError, ImportError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FinefitError(f"{setup.model_label}: transformers can't build the model: {reason}") from error
+    return model
+
+
+def quantisation_config(setup: TrainSetup) -> Any:
+    """transformers' BitsAndBytesConfig of the setup; 4-bit weights are computed with in `weights_dtype`."""
+    assert setup.quant is not None
+    options = QUANTISATIONS[setup.quant]
+    if setup.quant == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch_dtype(setup.weights_dtype), **options
+    )
+
+
+def quantise(setup: TrainSetup, model: nn.Module, device: torch.device) -> nn.Module:
+    """Replace a built model's linears by bitsandbytes' as `from_pretrained` would; on meta, without packing."""
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    config = quantisation_config(setup)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or _is_conv1d(m)}
+    replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
+    for name, linear in linears.items():
+        replaced = model.get_submodule(name)
+        if replaced is not linear and device.type != "meta":
+            _pack(replaced, linear, device)
+    flag = "is_loaded_in_8bit" if setup.quant == "int8" else "is_loaded_in_4bit"
+    for attribute in ("is_quantized", flag):
+        setattr(model, attribute, True)
+    model.config.quantization_config = config
+    return model
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return isinstance(module, transformers.pytorch_utils.Conv1D)
+
+
+def _pack(replaced: Any, linear: Any, device: torch.device) -> None:
+    """Quantise `linear`'s weight into the bitsandbytes module that took its place."""
+    weight = linear.weight.data.T if _is_conv1d(linear) else linear.weight.data
+    empty = replaced.weight
+    options = {key: value for key, value in vars(empty).items() if key != "SCB"}
+    # Moving to a device is what packs the weight; from_pretrained does the same.
+    replaced.weight = type(empty)(weight.contiguous().cpu(), requires_grad=False, **options).to(device)
+    if linear.bias is not None:
+        replaced.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+
+
+def _upcast_unquantised(model: nn.Module) -> None:
+    """Cast what bitsandbytes left in 16 bits to float32 and freeze everything, as QLoRA's recipe does."""
+    from peft import prepare_model_for_kbit_training
+
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def add_adapters(setup: TrainSetup, model: nn.Module, *, meta: bool = False) -> nn.Module:
+    """The model wrapped by PEFT with the method's adapters in `adapter_dtype`; unchanged for full training."""
+    call = find_method(setup.method).peft_config(setup)
+    if call is None:
+        return model
+    import peft
+
+    class_name, options = call
+    peft_config = getattr(peft, class_name)(task_type=_TASK_TYPES[setup.objective], **options)
+    try:
+        wrapped: nn.Module = peft.get_peft_model(
+            model,
+            peft_config,
+            autocast_adapter_dtype=setup.adapter_dtype == "float32",
+            low_cpu_mem_usage=meta,
+        )
+    except ValueError as error:
+        raise SetupError("targets", str(error).splitlines()[0]) from error
+    # PEFT follows the base weights' dtype, which says nothing when those are packed integers.
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch_dtype(setup.adapter_dtype))
+    return wrapped
+
+
+_TASK_TYPES = {
+    "sft": "CAUSAL_LM",
+    "pretrain": "CAUSAL_LM",
+    "dpo": "CAUSAL_LM",
+    "mlm": "FEATURE_EXTRACTION",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "seq-cls": "SEQ_CLS",
+}
+
+
+def inner_model(model: nn.Module) -> Any:
+    """The transformers model inside PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def switch_checkpointing(setup: TrainSetup, model: nn.Module) -> None:
+    """Recompute each layer in the backward (`full`), after the adapters are in.
+
+    Called before them, PEFT would make the embeddings' output require a gradient, which non-reentrant
+    checkpointing doesn't need. Raises FinefitError where no layer took it: the memory would not be saved.
+    """
+    if setup.checkpointing == "none":
+        return
+    if setup.checkpointing != "full":
+        raise NotModelledError(f"checkpointing: {setup.checkpointing} can't be run yet; use full or none")
+    inner = inner_model(model)
+    try:
+        inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise FinefitError(f"{setup.model_label}: checkpointing: {str(error).splitlines()[0]}") from error
+    if not any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
+        raise FinefitError(f"{setup.model_label}: no layer took activation checkpointing")
+
+
+def compile_layers(model: nn.Module) -> None:
+    """torch.compile of each layer for fixed shapes: one graph that all equal layers share."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=False)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name; a tied weight once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_runnable(setup: TrainSetup, device: str | torch.device) -> None:
+    """Raise SetupError or NotModelledError for what can be planned and traced but not run here in one process."""
+    device = torch.device(device)
+    on_cuda = device.type == "cuda"
+    if setup.objective not in ("sft", "pretrain"):
+        raise NotModelledError(f"objective: {setup.objective} can't be run yet; sft and pretrain can")
+    if setup.num_gpus > 1 or setup.sharding != "none" or setup.offload != "none":
+        raise NotModelledError(
+            "sharding: finefit runs one process on one device; `finefit export` writes the plan for trainers "
+            "that use several"
+        )
+    if setup.kernels != "plain":
+        raise NotModelledError(f"kernels: {setup.kernels} can't be run yet; use plain")
+    if setup.attention == "flash" and not on_cuda:
+        raise SetupError("attention", f"flash needs CUDA, this is {device.type}; use sdpa")
+    if setup.loss == "fused" and not on_cuda:
+        raise SetupError("loss", f"fused (Liger) needs CUDA, this is {device.type}; use chunked")
+    if setup.weights_dtype == "float16" and not setup.uses_adapters:
+        raise SetupError("weights_dtype", "float16 weights can't be trained; use bfloat16 or float32")
+    if setup.uses_adapters and setup.adapter_dtype == "float16":
+        raise SetupError("adapter_dtype", "float16 adapters can't be trained; use float32 or bfloat16")
+    if setup.optimizer_in_backward and "float16" in (setup.autocast, setup.weights_dtype):
+        raise SetupError("optimizer_in_backward", "float16's loss scaling needs all gradients at once")

@@ -1,0 +1,144 @@
+"""THE training step: the trace, the benchmark and the run all execute this one.
+
+forward, loss and backward of each micro-batch; then clip, step and free the gradients. Nothing in here waits for
+the device or looks at a value, so it runs on fake tensors too (float16's loss scaling excepted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.build import torch_dtype, trained_parameters
+from bench.loss import LOSSES, Batch, Phase
+from bench.optim import Schedule, Steppable, set_learning_rate
+from planner.setup import TrainSetup
+
+
+class StopRequestedError(Exception):
+    """Raised between two micro-batches when a stop was asked for; the model is as before the step."""
+
+
+def no_phase(name: str) -> AbstractContextManager[Any]:
+    """The phase callback of a step that nobody watches."""
+    return nullcontext()
+
+
+def never() -> bool:
+    """Nobody asks for a stop."""
+    return False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepResult:
+    """Tensors still on the device: reading them is what waits for it.
+
+    `loss` is the mean over the step's trained tokens; `grad_norm` the norm before clipping, None without.
+    """
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor | None
+    learning_rate: float
+
+
+class TrainStep:
+    """One optimizer step over the micro-batches of a global batch.
+
+    `phase(name)` is entered around "forward", "loss", "backward" and "optimizer". `should_stop` is asked after
+    each micro-batch but the last. `on_gradients(model)` sees the gradients before they are clipped (never with
+    optimizer_in_backward, which frees them at once). `num_steps_done` picks the learning rate; a resumed run
+    sets it.
+    """
+
+    def __init__(
+        self,
+        setup: TrainSetup,
+        model: nn.Module,
+        optimizer: Steppable,
+        *,
+        schedule: Schedule | None = None,
+        phase: Phase = no_phase,
+        should_stop: Callable[[], bool] = never,
+        on_gradients: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        self.setup, self.model, self.optimizer = setup, model, optimizer
+        self.schedule, self.phase, self.should_stop = schedule, phase, should_stop
+        self.on_gradients = on_gradients
+        self.num_steps_done = 0
+        self.parameters = list(trained_parameters(model).values())
+        self.device = self.parameters[0].device
+        self.loss = LOSSES[setup.loss]
+        self.scaler = torch.amp.GradScaler(self.device.type) if _needs_scaler(setup) else None
+
+    def __call__(self, micro_batches: Sequence[Batch], *, num_trained_tokens: int) -> StepResult:
+        """Train on the micro-batches, already on the device; `num_trained_tokens` counts all their trained tokens.
+
+        Raises StopRequestedError between micro-batches, with the partial gradients thrown away.
+        """
+        learning_rate = self._set_learning_rate()
+        losses = []
+        for number, batch in enumerate(micro_batches, start=1):
+            losses.append(self.micro_step(batch, num_trained_tokens))
+            if number < len(micro_batches) and self.should_stop():
+                self.optimizer.zero_grad(set_to_none=True)
+                raise StopRequestedError
+        with self.phase("optimizer"):
+            grad_norm = self.update()
+        self.num_steps_done += 1
+        return StepResult(loss=torch.stack(losses).sum(), grad_norm=grad_norm, learning_rate=learning_rate)
+
+    def micro_step(self, batch: Batch, num_trained_tokens: int) -> torch.Tensor:
+        """Forward, loss and backward of one micro-batch: its share of the step's loss, detached."""
+        loss = self.forward(batch, num_trained_tokens)
+        with self.phase("backward"):
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        return loss.detach()
+
+    def forward(self, batch: Batch, num_trained_tokens: int) -> torch.Tensor:
+        """The loss of one micro-batch; evaluation uses it under no_grad."""
+        with autocast(self.setup, self.device):
+            return self.loss(self.model, batch, num_trained_tokens, self.phase)
+
+    def update(self) -> torch.Tensor | None:
+        """Clip, step, free the gradients; the gradients' norm before clipping, None without clipping."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.on_gradients is not None and not self.setup.optimizer_in_backward:
+            self.on_gradients(self.model)
+        grad_norm = self._clip()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def _clip(self) -> torch.Tensor | None:
+        if self.setup.max_grad_norm is None or self.setup.optimizer_in_backward:
+            return None
+        norm: torch.Tensor = nn.utils.clip_grad_norm_(self.parameters, self.setup.max_grad_norm)
+        return norm
+
+    def _set_learning_rate(self) -> float:
+        if self.schedule is not None:
+            set_learning_rate(self.optimizer, self.schedule(self.num_steps_done))
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def autocast(setup: TrainSetup, device: torch.device) -> AbstractContextManager[Any]:
+    """The forward's autocast, if the setup has one."""
+    if setup.autocast is None:
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.autocast(device.type, torch_dtype(setup.autocast))
+    return context
+
+
+def _needs_scaler(setup: TrainSetup) -> bool:
+    """float16 gradients underflow unless the loss is scaled up."""
+    return "float16" in (setup.autocast, setup.weights_dtype)
