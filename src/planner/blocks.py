@@ -66,31 +66,38 @@ def layer_memory(layer: LayerSpec, hidden_size: int, recipe: Recipe) -> BlockMem
     return block.tape.play()
 
 
-def head_memory(model: ModelSpec, norm: str, recipe: Recipe, bytes_per_logit: LossBytes) -> BlockMemory:
-    """Final norm, head and loss with all logits materialised."""
+def head_memory(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes) -> BlockMemory:
+    """Final norm, head and loss."""
     block = _Block(recipe)
     size = per_token(recipe.stream * model.hidden_size)
     stream = block.tape.input(size, recipe.stream)
     hidden = block.norm(stream, model.hidden_size, norm)
-    if model.head is not None:
-        block.loss(hidden, model.head, model.tied_head, bytes_per_logit)
+    if model.head is not None and kind.chunk_tokens:
+        block.chunked_loss(hidden, model.head, kind)
+    elif model.head is not None:
+        block.loss(hidden, model.head, kind)
     return block.tape.play()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossBytes:
-    """How a loss with materialised logits treats them.
+    """How a loss treats the logits.
 
-    `upcast`: logits are cast to float32. `shift_copy`: they are then sliced and copied (transformers before
-    the labels were padded instead). `keeps_16bit`: the model's output still holds the 16-bit logits while
-    the loss runs. `in_place_grad`: a fused kernel writes the gradient over the logits.
+    With all of them at once (`chunk_tokens` 0): `upcast` casts them to float32; `shift_copy` then slices and
+    copies them (transformers before the labels were padded instead); `keeps_16bit` and `keeps_input`: the
+    model's forward still holds the 16-bit logits, or the head's input, while the loss runs;
+    `in_place_grad`: a fused kernel writes the gradient over the logits; `scaled`: logits are multiplied once.
+    Chunk by chunk: `chunk_tokens` at a time with `chunk_width` bytes for each of a chunk's logits.
     """
 
     upcast: bool = True
     shift_copy: bool = False
     keeps_16bit: bool = True
+    keeps_input: bool = False
     in_place_grad: bool = False
     scaled: bool = False
+    chunk_tokens: int = 0
+    chunk_width: int = 0
 
 
 class _Block:
@@ -350,11 +357,8 @@ class _Block:
     def _activation(self, x: Tensor, num_elements: float) -> Tensor:
         return self.tape.run([x], per_token(x.width * num_elements), x.width, saves=[x])
 
-    def loss(self, hidden: Tensor, head: Matrix, tied: bool, kind: LossBytes) -> None:
-        """Head product, float32 copy, log-softmax, negative log-likelihood.
-
-        The model's forward still holds the head's input while the loss runs.
-        """
+    def loss(self, hidden: Tensor, head: Matrix, kind: LossBytes) -> None:
+        """Head product, float32 copy, log-softmax, negative log-likelihood."""
         last_hidden = hidden
         recipe, num = self.recipe, head.out_features
         hidden = self.cast(hidden, recipe.compute, head.in_features)
@@ -378,9 +382,32 @@ class _Block:
             self._hold_until_loss(upcast)
         if kind.keeps_16bit:
             self._hold_until_loss(first)
-        self._hold_until_loss(last_hidden)
+        if kind.keeps_input:
+            self._hold_until_loss(last_hidden)
         log_probs = self.tape.run([logits], wide, FULL_WIDTH, saves_output=True, category=LOGITS)
         self.tape.run([log_probs], ZERO, FULL_WIDTH, saves=[log_probs], category=LOGITS)
+
+    def chunked_loss(self, hidden: Tensor, head: Matrix, kind: LossBytes) -> None:
+        """Each chunk's logits give its gradients at once; those of input and weight wait for the backward.
+
+        The backward multiplies them by the loss' gradient, out of place.
+        """
+        recipe = self.recipe
+        hidden = self.cast(hidden, recipe.compute, head.in_features)
+        weight = self._weight_grad(head.num_weights, recipe.weight)
+        waiting = add(per_token(recipe.compute * head.in_features), weight)
+        chunk = constant(kind.chunk_tokens * kind.chunk_width * head.out_features)
+        grads = self.tape.run(
+            [hidden],
+            waiting,
+            recipe.compute,
+            saves_output=True,
+            temp=add(chunk, weight),
+            weight_grad=weight,
+            category=LOGITS,
+        )
+        grads.grad_size = ZERO
+        self.tape.run([grads], ZERO, FULL_WIDTH, category=LOGITS)
 
     def _hold_until_loss(self, tensor: Tensor) -> None:
         """A Python variable that keeps a tensor alive until the loss is there."""

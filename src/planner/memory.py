@@ -69,14 +69,11 @@ class MemoryModel:
     ) -> None:
         """Raises SetupError for targets that match nothing, UnknownNameError for an unknown method."""
         self.setup, self.model, self.on_gpu = setup, model, on_gpu
-        self.stack = parse_stack(setup.stack)
         self.strategy = STRATEGIES[setup.sharding]
         self.inventory = take_inventory(setup, model)
         self.recipe = _recipe(setup, model, on_gpu)
         self.blocks = [_Block(x.count, layer_memory(x, model.hidden_size, self.recipe)) for x in model.layers]
-        self.head = head_memory(
-            model, model.layers[-1].norm, self.recipe, _loss_bytes(setup, model, self.stack)
-        )
+        self._heads: dict[LossBytes, BlockMemory] = {}
         self._ranks = setup.num_gpus if setup.num_gpus > 1 else 1
         handles = CUBLAS_HANDLES if on_gpu else 0
         is_hopper = capability is not None and capability[0] in (9, 10, 12)
@@ -101,6 +98,13 @@ class MemoryModel:
             host_bytes=self._host_bytes(),
             disk_bytes=self._disk_bytes(),
         )
+
+    def head(self, tokens: int) -> BlockMemory:
+        """Final norm, head and loss; how many tokens a chunked loss takes at once depends on the batch."""
+        kind = _loss_bytes(self.setup, self.model, parse_stack(self.setup.stack), tokens)
+        if kind not in self._heads:
+            self._heads[kind] = head_memory(self.model, self.model.layers[-1].norm, self.recipe, kind)
+        return self._heads[kind]
 
     def _context_bytes(self) -> int:
         if not self.strategy.uses_nccl or self._ranks == 1:
@@ -228,7 +232,7 @@ class _Step:
         return self._plus(self.stored, saved, memory.forward.at(self.tokens, self.seq_len))
 
     def _loss(self) -> dict[str, float]:
-        return self._plus(self.stored, self.owner.head.forward.at(self.tokens, self.seq_len))
+        return self._plus(self.stored, self.owner.head(self.tokens).forward.at(self.tokens, self.seq_len))
 
     def _backward(self) -> dict[str, float]:
         """The largest of: the loss' own backward, and each kind of layer as the last and as the first one.
@@ -236,7 +240,7 @@ class _Step:
         In between, stored activations shrink and gradients grow linearly, so the maximum is at an end.
         """
         copies = {"workspace": -self._autocast_copies()}
-        head = self._shard_grads(self.owner.head.backward.at(self.tokens, self.seq_len))
+        head = self._shard_grads(self.owner.head(self.tokens).backward.at(self.tokens, self.seq_len))
         candidates = [self._plus(self.stored, copies, head)]
         for block in self.owner.blocks:
             peaks = block.memory.recompute if self.is_checkpointed else block.memory.backward
@@ -311,7 +315,7 @@ class _Step:
         setup = self.owner.setup
         ratio = (setup.eval_batch_size or setup.micro_batch_size) / setup.micro_batch_size
         tokens = round(self.tokens * ratio)
-        head = self.owner.head.no_grad.at(tokens, self.seq_len)
+        head = self.owner.head(tokens).no_grad.at(tokens, self.seq_len)
         block = self.owner.blocks[-1].memory.no_grad.at(tokens, self.seq_len)
         larger = max(head, block, key=lambda terms: sum(terms.values()))
         return self._plus(larger)
@@ -344,20 +348,42 @@ def _recipe(setup: TrainSetup, model: ModelSpec, on_gpu: bool) -> Recipe:
 _OWN_LOSS_FAMILIES = ("granite", "granitemoe")
 
 
-def _loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack) -> LossBytes:
+LOSS_CHUNK_TOKENS = 512
+"""bench.loss takes this many tokens at once; 16-bit logits and their float32 log-softmax exist together."""
+
+
+def _loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int) -> LossBytes:
     """How the loss of the setup's stack treats the logits.
 
-    transformers before 4.50 slices and copies the float32 logits instead of padding the labels; Granite's own
-    loss there drops the 16-bit logits first.
+    transformers before 4.50 slices and copies the float32 logits instead of padding the labels, inside the
+    model's forward; Granite's own loss there drops the 16-bit logits first.
     """
+    compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
+    if setup.loss == "chunked":
+        return LossBytes(chunk_tokens=min(LOSS_CHUNK_TOKENS, tokens), chunk_width=compute + 4)
+    if setup.loss == "fused":
+        return LossBytes(chunk_tokens=liger_chunk_tokens(model, tokens), chunk_width=compute)
     is_old = stack.is_before("transformers", 4, 50)
+    has_own_loss = model.family in _OWN_LOSS_FAMILIES
     return LossBytes(
         upcast=setup.kernels == "plain",
         shift_copy=is_old,
-        keeps_16bit=not (is_old and model.family in _OWN_LOSS_FAMILIES),
+        keeps_16bit=not (is_old and has_own_loss),
+        keeps_input=is_old,
         in_place_grad=setup.kernels == "fused",
-        scaled=model.family in _OWN_LOSS_FAMILIES,
+        scaled=has_own_loss,
     )
+
+
+def liger_chunk_tokens(model: ModelSpec, tokens: int) -> int:
+    """Tokens per chunk of Liger's fused linear cross-entropy.
+
+    Its chunk keeps chunk x vocabulary near tokens x hidden: next power of two of tokens / ceil(V / H)
+    (liger_kernel/ops/fused_linear_cross_entropy.py).
+    """
+    parts = -(-model.vocab_size // model.hidden_size)
+    per_chunk = -(-tokens // parts)
+    return min(tokens, 1 << (per_chunk - 1).bit_length())
 
 
 def estimate_memory(

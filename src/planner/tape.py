@@ -51,7 +51,10 @@ def evaluate(size: Size, tokens: int, seq_len: int) -> float:
 
 @dataclass(slots=True)
 class Tensor:
-    """One storage: its size, its dtype's width in bytes, its category, and whether a gradient flows into it."""
+    """One storage: its size, its dtype's width in bytes, its category, and whether a gradient flows into it.
+
+    `grad_size` is the gradient's where it isn't the tensor's own.
+    """
 
     size: Size
     width: int
@@ -59,6 +62,12 @@ class Tensor:
     needs_grad: bool
     last_use: int = -1
     saved_until: int = -1
+    grad_size: Size | None = None
+
+    @property
+    def gradient(self) -> Size:
+        """The size of its gradient."""
+        return self.size if self.grad_size is None else self.grad_size
 
 
 @dataclass(slots=True)
@@ -158,7 +167,7 @@ class Tape:
         no_grad, _ = self._forward(keep_saved=False)
         backward = self._backward(saved)
         gradient = self.operations[-1].output
-        again = [_with(s, gradient.category, gradient.size) for s in forward]
+        again = [_with(s, gradient.category, gradient.gradient) for s in forward]
         return BlockMemory(
             saved=(saved[0], saved[1], saved[2], saved[3]),
             saves_input=any(t.saved_until == -2 for op in self.operations for t in op.saves),
@@ -189,7 +198,7 @@ class Tape:
         live = list(saved)
         last = self.operations[-1].output
         gradients: set[int] = {id(last)}
-        live[last.category] = add(live[last.category], last.size)
+        live[last.category] = add(live[last.category], last.gradient)
         freed_at = _first_saver(self.operations)
         snapshots: list[Snapshot] = []
         for index in range(len(self.operations) - 1, -1, -1):
@@ -202,14 +211,14 @@ class Tape:
             new[GRADIENTS] = add(new[GRADIENTS], op.weight_grad)
             wanted = [t for t in op.inputs if t.needs_grad]
             for tensor in wanted:
-                new[tensor.category] = add(new[tensor.category], tensor.size)
+                new[tensor.category] = add(new[tensor.category], tensor.gradient)
             snapshots.append((new[0], new[1], new[2], new[3]))
             live[GRADIENTS] = add(live[GRADIENTS], op.weight_grad)
             for tensor in wanted:
                 if id(tensor) not in gradients:
                     gradients.add(id(tensor))
-                    live[tensor.category] = add(live[tensor.category], tensor.size)
-            live[op.output.category] = add(live[op.output.category], scale(op.output.size, -1))
+                    live[tensor.category] = add(live[tensor.category], tensor.gradient)
+            live[op.output.category] = add(live[op.output.category], scale(op.output.gradient, -1))
             gradients.discard(id(op.output))
             _free(live, freed_at.get(index, ()))
         return snapshots
