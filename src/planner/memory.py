@@ -35,6 +35,9 @@ CUBLAS_HANDLES = 2
 CONTEXT_BYTES = 426 * MIB
 """CUDA context and loaded kernels: 426 MiB measured on an RTX 6000 Ada with torch 2.10+cu130 (unsloth-zoo
 pull 1053); 287 MB lazy and 667 MB eager loading in pytorch pull 86509. `finefit verify` measures it."""
+CPU_CONTEXT_BYTES = 410 * MIB
+"""Resident set of Python 3.11 with torch 2.13 (CPU build), transformers 5.23 and peft 0.21 imported and a first
+step of a tiny model run: 410 MiB; `finefit bench` reports this machine's."""
 NCCL_BYTES = 544_000_000
 """One communicator after an all-reduce, 2 ranks on A100 with NVLink (NVIDIA/nccl#964); 688 MB with more."""
 NCCL_MANY_RANKS_BYTES = 688_000_000
@@ -90,7 +93,7 @@ class MemoryModel:
         terms["fragmentation"] = (
             round(FRAGMENTATION_SHARE * (totals[peak_phase] - steady)) if self.on_gpu else 0
         )
-        terms["context"] = self._context_bytes() if self.on_gpu else 0
+        terms["context"] = self._context_bytes() if self.on_gpu else CPU_CONTEXT_BYTES
         return Memory(
             phases=totals,
             terms=terms,

@@ -57,7 +57,7 @@ class TrainSetup:
     targets: str | tuple[str, ...] = _doc("module names that get adapters, or all-linear", "all-linear")
     adapter_dtype: str = _doc("dtype of the adapters (PEFT's default is float32)", "float32")
     quant: str | None = _doc("quantisation of the frozen weights (qlora only)", None)
-    kbit_upcast: bool = _doc("cast the 16-bit weights that stay unquantised to float32 (qlora only)", True)
+    kbit_upcast: bool = _doc("cast the 16-bit weights that stay unquantised to float32 (qlora only)", False)
     weights_dtype: str = _doc("dtype of the weights", "bfloat16")
     autocast: str | None = _doc("autocast dtype of the forward pass", None)
     master_weights: str = _doc("extra master copy of the trained weights", "none")

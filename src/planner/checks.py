@@ -1,0 +1,97 @@
+"""What can only be judged with the model or the machine at hand: a list of laws, each naming its field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from planner.errors import NotModelledError, SetupError
+from planner.methods import find_method
+from planner.optimizers import find_optimizer
+from planner.setup import TrainSetup
+from planner.specs import GpuProfile, Machine, ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class _Law:
+    """`is_broken(setup, gpu)` with the field to name and what to say."""
+
+    field: str
+    is_broken: Callable[[TrainSetup, GpuProfile], bool]
+    message: str
+
+
+def _uses_bf16(setup: TrainSetup) -> bool:
+    return "bfloat16" in (setup.weights_dtype, setup.autocast)
+
+
+def _needs_bitsandbytes(setup: TrainSetup) -> bool:
+    return setup.quant is not None or "bitsandbytes" in find_optimizer(setup.optimizer).factory
+
+
+_LAWS = (
+    _Law(
+        "weights_dtype",
+        lambda s, g: _uses_bf16(s) and not g.bf16,
+        "{gpu} has no bfloat16; use --weights-dtype float16 (adapters stay float32) or float32 with --autocast float16",
+    ),
+    _Law(
+        "attention",
+        lambda s, g: s.attention == "flash" and not g.flash_attention,
+        "{gpu} has no FlashAttention-2; use sdpa",
+    ),
+    _Law(
+        "quant",
+        lambda s, g: _needs_bitsandbytes(s) and not g.bitsandbytes,
+        "bitsandbytes has no kernels for {gpu}; use method lora and optimizer adamw",
+    ),
+    _Law(
+        "kernels",
+        lambda s, g: s.kernels != "plain" and g.backend == "cpu",
+        "Triton kernels need a GPU; use plain",
+    ),
+    _Law(
+        "loss",
+        lambda s, g: s.loss == "fused" and g.backend == "cpu",
+        "Liger's fused loss needs a GPU; use chunked",
+    ),
+    _Law(
+        "optimizer_in_backward",
+        lambda s, g: s.max_grad_norm is not None and s.optimizer_in_backward and s.weights_dtype == "float16",
+        "float16 gradients must be unscaled together; use bfloat16",
+    ),
+)
+
+
+def check(setup: TrainSetup, machine: Machine, model: ModelSpec) -> None:
+    """Raise SetupError for the first law that is broken, NotModelledError for a back end without rules."""
+    find_method(setup.method)
+    if not machine.gpu.modelled:
+        raise NotModelledError(
+            f"{machine.gpu.name}: finefit has no memory rules for its back end ({machine.gpu.backend}); not modelled"
+        )
+    if setup.num_gpus != machine.num_gpus:
+        raise SetupError("num_gpus", f"{setup.num_gpus}, but the machine is {machine.label}")
+    for law in _LAWS:
+        if law.is_broken(setup, machine.gpu):
+            raise SetupError(law.field, law.message.format(gpu=machine.gpu.name))
+    if setup.objective in ("sft", "pretrain", "dpo") and model.architecture != "decoder":
+        raise SetupError(
+            "objective", f"{setup.objective} needs a decoder, and {model.name} is an {model.architecture}"
+        )
+
+
+def warnings(setup: TrainSetup, model: ModelSpec) -> list[str]:
+    """What is allowed but probably not meant."""
+    found = []
+    if model.max_positions and setup.seq_len > model.max_positions:
+        found.append(
+            f"seq_len {setup.seq_len} is more than {model.name} was trained for ({model.max_positions})"
+        )
+    if setup.method == "full" and setup.weights_dtype == "bfloat16" and setup.master_weights == "none":
+        found.append(
+            "pure bfloat16 training rounds small updates away; float32 weights with autocast are exact and need twice as much"
+        )
+    if setup.weights_dtype == "float32" and setup.autocast is None and setup.method != "full":
+        found.append("frozen float32 weights take twice the memory of bfloat16 ones")
+    return found

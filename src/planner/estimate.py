@@ -1,0 +1,111 @@
+"""One setup on one machine -> Estimate: the closed form put together."""
+
+from __future__ import annotations
+
+from planner.catalog import usable_bytes_or_bound
+from planner.checks import check, warnings
+from planner.memory import MemoryModel
+from planner.resolve import resolve_model
+from planner.results import Estimate, Memory
+from planner.setup import TrainSetup
+from planner.specs import Machine, ModelSpec
+from planner.stack import NEWEST_KNOWN, parse_stack
+from planner.throughput import step_time
+from planner.uncertainty import judge
+from planner.units import format_bytes
+
+NOT_MODELLED = (
+    "the allocator's exact fragmentation (a share is assumed)",
+    "dropout masks",
+)
+NOT_MODELLED_SHARDED = "prefetch order and communication buffers of the sharding beyond whole layers"
+
+
+def estimate(setup: TrainSetup, machine: Machine, model: ModelSpec | None = None) -> Estimate:
+    """Memory, verdict and time of `setup` on `machine`.
+
+    `model` saves resolving `setup.model` again. Raises SetupError for a contradiction with the machine or the
+    model, NotModelledError where finefit has no rules; a setup that doesn't fit is an answer, not an error.
+    """
+    return Estimator(setup, machine, model).at(setup.micro_batch_size, setup.seq_len)
+
+
+class Estimator:
+    """The same setup at many batch sizes and lengths, with everything else computed once."""
+
+    def __init__(self, setup: TrainSetup, machine: Machine, model: ModelSpec | None = None) -> None:
+        """Raises as `estimate` does."""
+        self.setup, self.machine = setup, machine
+        self.model = resolve(setup) if model is None else model
+        check(setup, machine, self.model)
+        on_gpu = machine.gpu.backend != "cpu"
+        capability = machine.gpu.compute_capability
+        self._memory = MemoryModel(setup, self.model, on_gpu=on_gpu, capability=capability)
+        self.usable_bytes, self.usable_source = usable_memory(machine)
+
+    def memory(self, micro_batch_size: int, seq_len: int) -> Memory:
+        """Peak memory of another batch shape."""
+        return self._memory.at(micro_batch_size, seq_len)
+
+    def verdict(self, micro_batch_size: int, seq_len: int) -> str:
+        """Whether another batch shape fits."""
+        memory = self.memory(micro_batch_size, seq_len)
+        return judge(memory, self.machine, self.usable_bytes, self.setup.num_gpus).verdict
+
+    def at(self, micro_batch_size: int, seq_len: int) -> Estimate:
+        """The whole answer for another batch shape."""
+        setup = self.setup
+        if (micro_batch_size, seq_len) != (setup.micro_batch_size, setup.seq_len):
+            setup = setup.with_(micro_batch_size=micro_batch_size, seq_len=seq_len)
+        memory = self.memory(micro_batch_size, seq_len)
+        return Estimate(
+            setup=setup,
+            gpu=self.machine.label,
+            memory=memory,
+            fit=judge(memory, self.machine, self.usable_bytes, setup.num_gpus),
+            time=step_time(setup, self.model, self.machine.gpu),
+            assumptions=tuple(self._assumptions()),
+            not_modelled=tuple(self._not_modelled()),
+            warnings=tuple(warnings(setup, self.model)),
+        )
+
+    def _assumptions(self) -> list[str]:
+        usable = f"{self.machine.gpu.name} gives {format_bytes(self.usable_bytes)} ({self.usable_source})"
+        return [precision_recipe(self.setup), f"stack: {self.setup.stack or NEWEST_KNOWN}", usable]
+
+    def _not_modelled(self) -> list[str]:
+        return [*NOT_MODELLED, *([NOT_MODELLED_SHARDED] if self.setup.num_gpus > 1 else [])]
+
+
+def resolve(setup: TrainSetup) -> ModelSpec:
+    """The setup's model, with experts as its stack keeps them."""
+    splits = parse_stack(setup.stack).splits_experts
+    return resolve_model(setup.model, revision=setup.revision, experts_as_linears=splits)
+
+
+def usable_memory(machine: Machine) -> tuple[int, str]:
+    """Bytes that a process can have of one card now, and how that is known; the context is part of them."""
+    if machine.free_bytes is not None:
+        return machine.free_bytes, "free now on this machine"
+    return usable_bytes_or_bound(machine.gpu)
+
+
+def precision_recipe(setup: TrainSetup) -> str:
+    """The precision recipe in words.
+
+    >>> precision_recipe(TrainSetup(method="full"))
+    'pure bfloat16 weights, gradients and states'
+    """
+    if setup.method == "full":
+        if setup.master_weights == "float32":
+            return f"{setup.weights_dtype} weights with a float32 master copy"
+        if setup.autocast:
+            return f"{setup.weights_dtype} weights, {setup.autocast} autocast"
+        return f"pure {setup.weights_dtype} weights, gradients and states"
+    base = f"{setup.quant} base" if setup.quant else f"frozen {setup.weights_dtype} base"
+    extra = f", {setup.autocast} autocast" if setup.autocast else ""
+    return f"{base}, {setup.adapter_dtype} adapters of rank {setup.rank} on {_targets(setup)}{extra}"
+
+
+def _targets(setup: TrainSetup) -> str:
+    return setup.targets if isinstance(setup.targets, str) else ",".join(setup.targets)
