@@ -140,8 +140,10 @@ class GpuProfile:
 
     `usable_bytes` is the total that torch reports (the driver keeps the difference to `memory_bytes`).
     `flops` maps a dtype ("float32", "tf32", "float16", "bfloat16", "fp8", "int8") to the dense peak in FLOP/s.
-    `backend`: "cuda", "rocm", "mps", "tpu", "hpu", "npu", "cpu". `modelled` is False where finefit has no
-    memory rules for the back end. `sources` maps a field to where its value comes from.
+    `link_bytes_per_s` (NVLink and the like; None also where cards talk over PCIe alone) and `pcie_bytes_per_s`
+    count one direction. `backend`: "cuda", "rocm", "mps", "tpu", "hpu", "npu", "cpu". `modelled` is False where
+    finefit has no memory rules for the back end. `sources` maps a field to where its value comes from
+    ("flops.bfloat16" for a peak).
     """
 
     name: str
