@@ -1,0 +1,245 @@
+"""The exported files in the hands of the libraries that they are for, at their installed versions."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+
+from planner.export import find_format
+from planner.setup import TrainSetup
+from test_export import SETUPS, can_export, constants
+
+pytestmark = pytest.mark.train
+
+WORDS = (
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "what",
+    "is",
+    "the",
+    "cat",
+    "it",
+    "blue",
+    "red",
+    "user",
+    "assistant",
+    ":",
+    "?",
+)
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ ' </s>' }}{% endif %}{{ ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A llama of two layers with its tokenizer, as a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    colours = ("blue", "red")
+    lines = [{"question": "what is the cat ?", "answer": f"it is {colours[n % 2]}"} for n in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_trl_takes_its_config_without_complaint(name, tmp_path):
+    from trl import SFTConfig
+
+    setup = SETUPS[name]
+    config = yaml.safe_load(find_format("trl").export(setup, "gpu")["sft_config.yaml"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        # This machine may have no GPU, which must not change what the file means.
+        args = SFTConfig(**{**config, "output_dir": str(tmp_path), "use_cpu": True})
+    assert args.gradient_checkpointing == (setup.checkpointing != "none")
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * setup.num_gpus == (
+        setup.global_batch_size
+        if setup.sharding != "device_map"
+        else setup.global_batch_size * setup.num_gpus
+    )
+    assert args.lr_scheduler_type == {"constant": "constant_with_warmup"}.get(setup.schedule, setup.schedule)
+    assert args.get_warmup_steps(1000) == setup.warmup_steps
+
+
+@pytest.mark.parametrize("name", [n for n, s in SETUPS.items() if s.uses_adapters])
+def test_peft_and_bitsandbytes_take_their_arguments(name):
+    import torch
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    setup = SETUPS[name]
+    literals = constants(find_format("trl").export(setup, "gpu")["train.py"])
+    adapter = LoraConfig(task_type="CAUSAL_LM", **literals["ADAPTER"])
+    assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (setup.rank, setup.alpha, setup.dropout)
+    if setup.quant:
+        quantisation = BitsAndBytesConfig(**literals["QUANTISATION"])
+        assert quantisation.load_in_8bit == (setup.quant == "int8")
+        assert quantisation.load_in_4bit == (setup.quant != "int8")
+        if setup.quant != "int8":
+            assert quantisation.bnb_4bit_compute_dtype == getattr(torch, setup.weights_dtype)
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_accelerate_launch_takes_its_config(name, tmp_path, monkeypatch):
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import DistributedType
+
+    setup = SETUPS[name]
+    for file_name, text in find_format("accelerate").export(setup, "gpu").items():
+        (tmp_path / file_name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    config = load_config_from_file("accelerate.yaml")
+    assert isinstance(config, ClusterConfig)
+    expected = {
+        "zero": DistributedType.DEEPSPEED,
+        "fsdp": DistributedType.FSDP,
+        "ddp": DistributedType.MULTI_GPU,
+    }
+    kind = next(
+        (k for prefix, k in expected.items() if setup.sharding.startswith(prefix)), DistributedType.NO
+    )
+    assert config.distributed_type == kind
+    args = launch_command_parser().parse_args(["--config_file", "accelerate.yaml", "train.py"])
+    args.nondefault = set()
+    args, _, _ = _validate_launch_command(args)
+    assert args.num_processes == (1 if kind == DistributedType.NO else setup.num_gpus)
+    assert args.use_deepspeed == (kind == DistributedType.DEEPSPEED)
+    assert args.mixed_precision == ("bf16" if setup.autocast and kind != DistributedType.DEEPSPEED else "no")
+
+
+@pytest.mark.parametrize("name", [n for n, s in SETUPS.items() if s.sharding.startswith("fsdp")])
+def test_fsdp_takes_the_options_that_accelerate_hands_it(name, monkeypatch):
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    setup = SETUPS[name]
+    section = yaml.safe_load(find_format("accelerate").export(setup, "gpu")["accelerate.yaml"])["fsdp_config"]
+    for key, value in section.items():
+        monkeypatch.setenv(key.upper(), str(value).lower() if isinstance(value, bool) else str(value))
+    monkeypatch.delenv("FSDP_SYNC_MODULE_STATES", raising=False)  # it looks for a device at once
+    monkeypatch.delenv("FSDP_CPU_RAM_EFFICIENT_LOADING", raising=False)
+    plugin = FullyShardedDataParallelPlugin()
+    is_offloaded = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy" or getattr(
+        plugin.cpu_offload, "offload_params", False
+    )
+    assert plugin.fsdp_version == (1 if setup.sharding == "fsdp1" else 2)
+    assert is_offloaded == (setup.offload != "none")
+
+
+@pytest.mark.parametrize("name", [n for n, s in SETUPS.items() if can_export("deepspeed", s)])
+def test_deepspeed_and_trainer_take_the_same_file(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+    from trl import SFTConfig
+
+    setup = SETUPS[name]
+    text = find_format("deepspeed").export(setup, "gpu")["ds_config.json"]
+    config = DeepSpeedConfig(json.loads(text))
+    assert config.zero_optimization_stage == (int(setup.sharding[-1]) if setup.sharding[-1].isdigit() else 0)
+    assert config.bfloat16_config.enabled == (setup.weights_dtype == "bfloat16")
+    assert config.float16_config.enabled == (setup.weights_dtype == "float16")
+    assert config.torch_autocast_enabled == bool(setup.autocast and setup.weights_dtype == "float32")
+    assert config.gradient_clipping == (setup.max_grad_norm or 0)
+    if not setup.sharding.startswith("zero"):
+        return
+    arguments = yaml.safe_load(find_format("trl").export(setup, "gpu")["sft_config.yaml"])
+    args = SFTConfig(**{**arguments, "output_dir": str(tmp_path), "use_cpu": True, "fp16": False})
+    args.fp16 = arguments["fp16"]  # Trainer refuses it on a CPU
+    trainer_config = HfTrainerDeepSpeedConfig(json.loads(text))
+    trainer_config.trainer_config_process(args)
+    assert trainer_config.mismatches == []
+
+
+def tiny_setup(tiny_model: Path, rows: Path, **changes: object) -> TrainSetup:
+    defaults = {"micro_batch_size": 2, "grad_accum_steps": 2, "seq_len": 32, "max_steps": 2, "rank": 2}
+    return TrainSetup(model=str(tiny_model), data=str(rows), **{**defaults, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"adapter_dtype": "bfloat16"},
+        {"weights_dtype": "float32", "adapter_dtype": "float32", "targets": ("q_proj", "v_proj")},
+        {"method": "full"},
+        {"method": "qlora"},
+        {"method": "qlora", "kbit_upcast": True, "quant": "nf4"},
+    ],
+)
+def test_the_script_builds_the_model_that_finefit_trains(changes, tiny_model, rows):
+    from bench.build import build_model, inner_model
+
+    setup = tiny_setup(tiny_model, rows, checkpointing="none", **changes)
+    namespace: dict = {"__name__": "exported"}
+    exec(compile(find_format("trl").export(setup, "cpu")["train.py"], "train.py", "exec"), namespace)
+    exported, ours = namespace["load_model"](), build_model(setup, weights=tiny_model)
+    described = [
+        {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+        for model in (exported, ours)
+    ]
+    assert described[0] == described[1]
+    configs = [inner_model(model).config for model in (exported, ours)]
+    assert configs[0]._attn_implementation == configs[1]._attn_implementation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"packing": True, "method": "full", "eval_fraction": 0.0, "checkpointing": "none"},
+        {"method": "qlora", "optimizer": "adamw-fused", "schedule": "constant"},
+    ],
+    ids=lambda changes: changes.get("method", "lora"),
+)
+def test_the_exported_script_trains(changes, tiny_model, rows, tmp_path):
+    setup = tiny_setup(tiny_model, rows, **changes)
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    for name, text in find_format("trl").export(setup, "cpu").items():
+        (folder / name).write_text(text)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "train.py")]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
+    state = json.loads((tmp_path / "trl-output/checkpoint-2/trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    weights = "adapter_model.safetensors" if setup.uses_adapters else "model.safetensors"
+    assert (tmp_path / "trl-output" / weights).stat().st_size > 0
