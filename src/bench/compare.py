@@ -1,0 +1,180 @@
+"""Measurements against their predictions, and against each other. Pure functions of records; nothing is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from bench.stats import Ratio, median_ratio
+from bench.store import Measurement
+from planner.errors import UsageError
+
+QUANTITIES = (
+    ("peak_allocated_bytes", "memory"),
+    ("peak_reserved_bytes", "memory"),
+    ("device_used_bytes", "memory"),
+    ("step_s", "time"),
+    ("tokens_per_s", "time"),
+)
+"""What is predicted and measured under one name, and the part of the estimate that holds it."""
+
+MIN_RUNS = 3
+"""Runs per side from which on their medians are compared; below, single steps are, which understates the noise
+between runs."""
+SIGNIFICANCE = 0.05
+HARDWARE_KEYS = ("cpu_model", "num_cpus", "gpu_name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionRow:
+    """One quantity of one run; `relative_error` is predicted / measured - 1."""
+
+    id: str
+    model: str
+    method: str
+    gpu: str
+    device: str
+    quantity: str
+    predicted: float
+    measured: float
+    source: str
+
+    @property
+    def relative_error(self) -> float:
+        """Above 0 where the prediction was too high."""
+        return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """B against A. Ratios are B / A, so above 1 means that B takes longer or needs more.
+
+    `unit` says what the samples of `step` and `cpu_step` are: "run" (medians of runs) or "step".
+    `is_same_machine` and `is_same_versions` are None where a record doesn't say. `setup_differences` and
+    `version_differences` map a name to A's and B's value.
+    """
+
+    num_runs_a: int
+    num_runs_b: int
+    unit: str
+    step: Ratio
+    cpu_step: Ratio | None
+    peak_allocated_ratio: float | None
+    is_same_machine: bool | None
+    is_same_versions: bool | None
+    setup_differences: Mapping[str, tuple[Any, Any]]
+    version_differences: Mapping[str, tuple[Any, Any]]
+    warnings: tuple[str, ...]
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the step times differ by more than chance explains, by interval and by ranks."""
+        outside = self.step.low_ratio > 1 or self.step.high_ratio < 1
+        return outside and self.step.p_value < SIGNIFICANCE
+
+
+def predicted_vs_measured(results: Iterable[Measurement]) -> list[PredictionRow]:
+    """One row for each quantity that a successful run predicted and measured, in the results' order."""
+    return [row for result in results if result.outcome == "ok" for row in _rows(result)]
+
+
+def _rows(result: Measurement) -> list[PredictionRow]:
+    predicted = result.predicted or {}
+    rows = []
+    for quantity, part in QUANTITIES:
+        measured = getattr(result.measured, quantity)
+        value = (predicted.get(part) or {}).get(quantity)
+        if not measured or value is None:
+            continue
+        rows.append(
+            PredictionRow(
+                id=result.id,
+                model=result.setup.model_label,
+                method=result.setup.method,
+                gpu=result.gpu,
+                device=result.device,
+                quantity=quantity,
+                predicted=float(value),
+                measured=float(measured),
+                source=str(predicted.get("source", "unknown")),
+            )
+        )
+    return rows
+
+
+def compare(a: Sequence[Measurement], b: Sequence[Measurement]) -> Comparison:
+    """How B's runs differ from A's. Raises UsageError when a side has no successful run with steps."""
+    runs_a, runs_b = _successful(a, "A"), _successful(b, "B")
+    is_by_run = min(len(runs_a), len(runs_b)) >= MIN_RUNS
+    wall = [_pool(runs, "step_wall_s", is_by_run) for runs in (runs_a, runs_b)]
+    cpu = [_pool(runs, "step_cpu_s", is_by_run) for runs in (runs_a, runs_b)]
+    versions = _differences(_versions(runs_a[0]), _versions(runs_b[0]))
+    return Comparison(
+        num_runs_a=len(runs_a),
+        num_runs_b=len(runs_b),
+        unit="run" if is_by_run else "step",
+        step=median_ratio(*wall),
+        cpu_step=median_ratio(*cpu) if all(cpu) and min(map(min, cpu)) > 0 else None,
+        peak_allocated_ratio=_memory_ratio(runs_a, runs_b),
+        is_same_machine=_is_same_machine(runs_a + runs_b),
+        is_same_versions=not versions if _versions(runs_a[0]) and _versions(runs_b[0]) else None,
+        setup_differences=_differences(runs_a[0].setup.to_dict(), runs_b[0].setup.to_dict()),
+        version_differences=versions,
+        warnings=_warnings(runs_a, runs_b, is_by_run),
+    )
+
+
+def _successful(runs: Sequence[Measurement], side: str) -> list[Measurement]:
+    good = [run for run in runs if run.outcome == "ok" and run.samples.step_wall_s]
+    if not good:
+        raise UsageError(f"{side} has no successful run with measured steps: nothing to compare")
+    return good
+
+
+def _pool(runs: Sequence[Measurement], name: str, is_by_run: bool) -> list[float]:
+    series = [getattr(run.samples, name) for run in runs]
+    if is_by_run:
+        return [median(values) for values in series if values]
+    return [value for values in series for value in values]
+
+
+def _memory_ratio(a: Sequence[Measurement], b: Sequence[Measurement]) -> float | None:
+    peaks = [[run.measured.peak_allocated_bytes for run in side] for side in (a, b)]
+    known = [[peak for peak in side if peak] for side in peaks]
+    return max(known[1]) / max(known[0]) if all(known) else None
+
+
+def _is_same_machine(runs: Sequence[Measurement]) -> bool | None:
+    """By the machine's id where every record has one, else by its processor and cards; None if unknown."""
+    for keys in (("machine_id",), HARDWARE_KEYS):
+        facts = [tuple(run.environment.get(key) for key in keys) for run in runs]
+        if all(fact[0] is not None for fact in facts):
+            return len(set(map(str, facts))) == 1
+    return None
+
+
+def _versions(run: Measurement) -> Mapping[str, Any]:
+    versions = run.environment.get("versions")
+    return versions if isinstance(versions, Mapping) else {}
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {key: (a.get(key), b.get(key)) for key in sorted({*a, *b}) if a.get(key) != b.get(key)}
+
+
+def _warnings(a: Sequence[Measurement], b: Sequence[Measurement], is_by_run: bool) -> tuple[str, ...]:
+    found = []
+    if not is_by_run:
+        found.append(
+            f"{len(a)} and {len(b)} runs: the interval covers the noise within a run only; "
+            f"{MIN_RUNS} runs each, interleaved, would cover the noise between runs"
+        )
+    if {run.device for run in a} != {run.device for run in b}:
+        found.append("the runs used different devices")
+    for side, runs in (("A", a), ("B", b)):
+        if len({str(run.setup) for run in runs}) > 1:
+            found.append(f"{side} mixes different setups")
+    noted = {warning for run in (*a, *b) for warning in run.warnings}
+    return (*found, *sorted(noted))
