@@ -17,11 +17,9 @@ from torch.nn import functional
 
 from bench.build import inner_model
 from planner.errors import MissingExtraError, NotModelledError, SetupError
+from planner.memory import LOSS_CHUNK_TOKENS
 
 IGNORE_INDEX = -100
-CHUNK_TOKENS = 512
-"""Tokens whose logits exist at once. Measured on a CPU (135 M parameters, V = 49,152): as fast as all logits at
-once; 128 tokens cost 20 % more time."""
 
 Batch = Mapping[str, torch.Tensor]
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -45,7 +43,7 @@ def full_loss(model: nn.Module, batch: Batch, num_trained: int, phase: Phase) ->
 
 
 def chunked_loss(model: nn.Module, batch: Batch, num_trained: int, phase: Phase) -> torch.Tensor:
-    """The same value and gradients with the logits of `CHUNK_TOKENS` tokens at a time."""
+    """The same value and gradients with the logits of `LOSS_CHUNK_TOKENS` tokens at a time."""
     return _head_loss(model, batch, phase, ChunkedCrossEntropy.apply, num_trained)
 
 
@@ -134,8 +132,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
             for t, needed in zip((rows, weight, bias), needs, strict=True)
         ]
         loss = rows.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(rows), CHUNK_TOKENS):
-            span = slice(start, start + CHUNK_TOKENS)
+        for start in range(0, len(rows), LOSS_CHUNK_TOKENS):
+            span = slice(start, start + LOSS_CHUNK_TOKENS)
             log_probs, slope = _log_probs(rows[span], weight, bias, softcap, any(needs))
             loss += functional.nll_loss(log_probs, labels[span], ignore_index=IGNORE_INDEX, reduction="sum")
             if any(needs):

@@ -1,0 +1,256 @@
+"""Crash-safe checkpoints: whole or not there, never executed when read.
+
+`checkpoints/step-000123/` holds `weights.safetensors` (the trained parameters), `state.safetensors` and `state.json`
+(optimizer, random generators, the run's position) and `manifest.json` (sizes and SHA-256 of the others). The folder
+is written aside, each file fsynced, the manifest last, then renamed. A folder whose manifest doesn't hold is
+skipped, saying so, and the one before is used; that is why at least two are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bench.build import trained_parameters
+from planner.errors import FinefitError
+from planner.units import format_bytes
+
+MANIFEST = "manifest.json"
+WEIGHTS, TENSORS, STATE = "weights.safetensors", "state.safetensors", "state.json"
+KEEP = 2
+"""Checkpoints that stay: the newest, and one to fall back to should it turn out to be torn."""
+
+_PREFIX = "step-"
+_ASIDE, _DOOMED = ".writing-", ".deleting-"
+_TENSOR, _TUPLE, _ITEMS = "$tensor", "$tuple", "$items"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Checkpoint:
+    """What a whole checkpoint holds, on the CPU."""
+
+    path: Path
+    step: int
+    weights: Mapping[str, torch.Tensor]
+    state: Mapping[str, Any]
+
+
+def save_checkpoint(
+    root: Path, step: int, weights: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, keep: int = KEEP
+) -> Path:
+    """Write `root/step-…`, then delete all but the newest `keep`. Raises FinefitError; earlier ones stay whole.
+
+    `state` may nest dicts, lists and tuples of tensors, numbers, strings and None.
+    """
+    target = root / f"{_PREFIX}{step:06d}"
+    aside = root / f"{_ASIDE}{target.name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(root)
+        aside.mkdir()
+        _write_files(aside, weights, state)
+        if target.exists():
+            _remove(target)
+        aside.rename(target)
+        sync(root)
+        for old in _folders(root)[keep:]:
+            _remove(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise FinefitError(f"can't write checkpoint {target}: {error}") from error
+    return target
+
+
+def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint (None: there is none), and a line for each newer one that is torn."""
+    notes: list[str] = []
+    for folder in _folders(root):
+        fault = _fault(folder)
+        if fault is None:
+            return _read(folder), notes
+        notes.append(f"checkpoint {folder.name} is torn ({fault}) and is skipped")
+    return None, notes
+
+
+def load_weights(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy saved weights into the model's trained parameters. Raises FinefitError when they don't match."""
+    parameters = trained_parameters(model)
+    wrong = sorted(set(parameters) ^ set(saved)) or [
+        name for name, p in parameters.items() if p.shape != saved[name].shape
+    ]
+    if wrong:
+        raise FinefitError(
+            f"the checkpoint belongs to another model: {wrong[0]} differs ({len(wrong)} in all)"
+        )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(saved[name])
+
+
+def random_state() -> dict[str, Any]:
+    """The states of torch's generators, as tensors."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put torch's generators back; CUDA's only where as many devices are there as were saved."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of all tensors in nested dicts, lists and tuples: what a checkpoint of it takes on disk."""
+    if isinstance(tree, torch.Tensor):
+        return int(tree.numel() * tree.element_size())
+    if isinstance(tree, Mapping):
+        return sum(map(tensor_bytes, tree.values()))
+    return sum(map(tensor_bytes, tree)) if isinstance(tree, list | tuple) else 0
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Raise FinefitError when the file system of `folder` has fewer free bytes than are needed."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise FinefitError(
+            f"{folder}: the disk has {format_bytes(free_bytes)} free and the checkpoints need "
+            f"{format_bytes(needed_bytes)}; free some space or choose another --out"
+        )
+
+
+class TensorStore:
+    """Tensors taken out of a tree, by key; one that several owners share (bitsandbytes' code book) only once."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._keys: dict[tuple[Any, ...], str] = {}
+
+    def add(self, tensor: torch.Tensor) -> str:
+        """Keep the tensor; its key."""
+        plain = tensor.detach().contiguous()
+        identity = (plain.data_ptr() or len(self.tensors), plain.shape, plain.dtype, plain.device)
+        key = self._keys.setdefault(identity, str(len(self.tensors)))
+        self.tensors[key] = plain
+        return key
+
+
+def flatten(value: Any, store: TensorStore) -> Any:
+    """`value` as JSON, with its tensors moved to `store`; `unflatten` gives it back. Raises TypeError."""
+    if isinstance(value, torch.Tensor):
+        return {_TENSOR: store.add(value)}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: flatten(item, store) for key, item in value.items()}
+        return {_ITEMS: [[key, flatten(item, store)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {_TUPLE: [flatten(item, store) for item in value]}
+    if isinstance(value, list):
+        return [flatten(item, store) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint can't hold a {type(value).__name__}")
+
+
+def unflatten(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """What `flatten` was given."""
+    if isinstance(value, list):
+        return [unflatten(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if _TUPLE in value:
+        return tuple(unflatten(item, tensors) for item in value[_TUPLE])
+    if _ITEMS in value:
+        return {key: unflatten(item, tensors) for key, item in value[_ITEMS]}
+    return {key: unflatten(item, tensors) for key, item in value.items()}
+
+
+def _write_files(folder: Path, weights: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+    store = TensorStore()
+    plain = flatten(state, store)
+    save_file({name: t.detach().contiguous() for name, t in weights.items()}, folder / WEIGHTS)
+    save_file(store.tensors, folder / TENSORS)
+    (folder / STATE).write_text(json.dumps(plain), encoding="utf-8")
+    entries = {name: _entry(folder / name) for name in (WEIGHTS, TENSORS, STATE)}
+    sync(*(folder / name for name in entries))
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    sync(manifest, folder)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, None when it is whole."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name in (WEIGHTS, TENSORS, STATE):
+            if (folder / name).stat().st_size != entries[name]["size"]:
+                return f"{name} has another size than its manifest says"
+            if _entry(folder / name) != entries[name]:
+                return f"{name} has another checksum than its manifest says"
+    except FileNotFoundError as error:
+        return f"no {Path(error.filename).name}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"unreadable: {type(error).__name__}"
+    return None
+
+
+def _read(folder: Path) -> Checkpoint:
+    plain = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return Checkpoint(
+        path=folder,
+        step=int(folder.name.removeprefix(_PREFIX)),
+        weights=load_file(folder / WEIGHTS),
+        state=unflatten(plain, load_file(folder / TENSORS)),
+    )
+
+
+def _folders(root: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [p for p in root.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)), reverse=True)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that a crash half-way leaves nothing that looks like one."""
+    doomed = folder.with_name(f"{_DOOMED}{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """What a killed process left behind."""
+    for leftover in (*root.glob(f"{_ASIDE}*"), *root.glob(f"{_DOOMED}*")):
+        shutil.rmtree(leftover)
+
+
+def sync(*paths: Path) -> None:
+    """fsync files and folders."""
+    for path in _existing(paths):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _existing(paths: Iterable[Path]) -> Iterable[Path]:
+    """Windows can't open folders for this, and its renames need none."""
+    return [path for path in paths if os.name != "nt" or path.is_file()]

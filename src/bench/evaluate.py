@@ -1,0 +1,70 @@
+"""Loss and perplexity on held-out examples, per trained token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from bench.batching import collate, num_trained_tokens, pack
+from bench.data import Example
+from bench.step import StopRequestedError, TrainStep
+from planner.setup import TrainSetup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """`loss` is the mean cross-entropy (nats) of the trained tokens, `perplexity` its exponential."""
+
+    loss: float
+    perplexity: float
+    num_trained_tokens: int
+    num_examples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def evaluate(step: TrainStep, examples: Sequence[Example], *, pad_id: int) -> Evaluation:
+    """The model's loss on `examples` (at least one) with the step's own loss and autocast.
+
+    Changes neither the model nor the random generators. Asks the step's `should_stop` between batches and
+    raises StopRequestedError.
+    """
+    total_loss, num_trained = 0.0, 0
+    was_training = step.model.training
+    step.model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for rows in eval_rows(step.setup, examples):
+                batch = collate(rows, pad_id=pad_id, packing=step.setup.packing)
+                on_device = {name: tensor.to(step.device) for name, tensor in batch.items()}
+                total_loss += float(step.forward(on_device, 1))
+                num_trained += num_trained_tokens(rows)
+                if step.should_stop():
+                    raise StopRequestedError
+    finally:
+        step.model.train(was_training)
+    loss = total_loss / num_trained
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        num_trained_tokens=num_trained,
+        num_examples=len(examples),
+    )
+
+
+def eval_rows(setup: TrainSetup, examples: Sequence[Example]) -> Iterator[list[list[Example]]]:
+    """The examples batch by batch, in rows as the setup packs them; longest first, so that little is padded."""
+    lengths = [example.num_tokens for example in examples]
+    if setup.packing:
+        rows = [[examples[i] for i in row] for row in pack(lengths, setup.seq_len)]
+    else:
+        rows = [[examples[i]] for i in sorted(range(len(examples)), key=lambda i: -lengths[i])]
+    size = setup.eval_batch_size or setup.micro_batch_size
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

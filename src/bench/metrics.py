@@ -1,0 +1,118 @@
+"""What a run says of itself while it runs: metrics.jsonl, the progress bar, this process's memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.errors import FinefitError
+from planner.files import write_atomically
+
+
+class MetricsLog:
+    """metrics.jsonl: one line per optimizer step (`kind` step) and per evaluation (`kind` eval).
+
+    Lines reach the kernel at once, so that a crash of the process loses none; the disk gets them when it likes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Append one line. Raises FinefitError when the file can't be written."""
+        line = json.dumps({"kind": kind, **values}) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise FinefitError(f"can't write {self.path}: {error.strerror or error}") from error
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The lines that are whole; a crash can leave a torn last one."""
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict):
+                yield entry
+
+    def keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the lines of steps that a resumed run takes again."""
+        if self.path.exists():
+            kept = [json.dumps(entry) + "\n" for entry in self.read() if is_kept(entry)]
+            write_atomically(self.path, "".join(kept))
+
+    def sync(self) -> None:
+        """Make the lines so far durable."""
+        if self.path.exists():
+            with self.path.open("a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line on stderr every tenth of the run."""
+
+    def __init__(self, num_steps: int, first_step: int, is_shown: bool) -> None:
+        self.num_steps, self.is_shown = num_steps, is_shown
+        self._bar: Any = None
+        if is_shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Show that `step` steps are done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            self._bar.update()
+        elif self.is_shown and (step == self.num_steps or step % max(1, self.num_steps // 10) == 0):
+            self.say(f"step {step}/{self.num_steps}: loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s")
+
+    def say(self, line: str) -> None:
+        """One line on stderr, above the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        elif self.is_shown:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def memory_now(device: torch.device) -> dict[str, int]:
+    """Bytes: this process's resident set and, on CUDA, what torch has allocated now."""
+    import psutil
+
+    now = {"rss_bytes": int(psutil.Process().memory_info().rss)}
+    if device.type == "cuda":
+        now["allocated_bytes"] = torch.cuda.memory_allocated(device)
+    return now
+
+
+def memory_peaks(device: torch.device) -> dict[str, int | None]:
+    """The highest of this process so far, in bytes; None where this system can't say."""
+    peaks: dict[str, int | None] = {"peak_rss_bytes": _peak_rss_bytes()}
+    if device.type == "cuda":
+        peaks["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+        peaks["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    return peaks
+
+
+def _peak_rss_bytes() -> int | None:
+    try:
+        import resource
+    except ImportError:
+        return None
+    # getrusage counts kibibytes on Linux and bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

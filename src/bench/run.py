@@ -1,0 +1,281 @@
+"""The loop of one run: steps, evaluations, checkpoints, stops. `bench.train` prepares it and sums it up."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.build import trained_parameters
+from bench.chat import sample_answers
+from bench.checkpoint import (
+    KEEP,
+    Checkpoint,
+    check_disk,
+    load_weights,
+    newest_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    tensor_bytes,
+)
+from bench.evaluate import evaluate
+from bench.metrics import MetricsLog, Progress, memory_now
+from bench.optim import build_optimizer, build_schedule
+from bench.rundata import RunData, StepBatch
+from bench.runfolder import RunFolder
+from bench.signals import StopFlag
+from bench.step import StepResult, StopRequestedError, TrainStep
+from planner.errors import FinefitError, InterruptedRunError
+from planner.optimizers import find_optimizer
+from planner.setup import TrainSetup
+
+SAVES_PER_RUN = 10
+"""Checkpoints of a run whose caller names no interval."""
+
+
+class UnsavedRunError(FinefitError):
+    """Stopped by a signal before a checkpoint could be written."""
+
+    exit_code = 143
+
+
+@dataclass(kw_only=True, slots=True)
+class RunState:
+    """Where a run is; what a checkpoint carries beside tensors. Times in seconds, tokens without padding."""
+
+    step: int = 0
+    num_tokens: int = 0
+    num_trained_tokens: int = 0
+    train_s: float = 0.0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+
+class Run:
+    """A model being trained in a folder.
+
+    `save_every_steps` and `eval_every_steps` count optimizer steps; the second None evaluates before and after
+    only.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        data: RunData,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        stop: StopFlag,
+        progress: bool = True,
+        save_every_steps: int | None = None,
+        eval_every_steps: int | None = None,
+    ) -> None:
+        self.setup, self.folder, self.data = data.setup, folder, data
+        self.model, self.tokenizer, self.stop = model, tokenizer, stop
+        self.num_steps = data.num_steps
+        self.save_every_steps = save_every_steps or math.ceil(self.num_steps / SAVES_PER_RUN)
+        self.eval_every_steps = eval_every_steps
+        self.is_shown = progress
+        self.optimizer = build_optimizer(self.setup, model)
+        self.train_step = TrainStep(
+            self.setup,
+            model,
+            self.optimizer,
+            schedule=build_schedule(self.setup, self.num_steps),
+            should_stop=stop,
+            on_gradients=self._check_gradients,
+        )
+        self.device = self.train_step.device
+        self.log = MetricsLog(folder.metrics)
+        self.state = RunState()
+        self.random = random_state()
+        self.saved_step: int | None = None
+        self.resumed_from: int | None = None
+
+    def execute(self) -> None:
+        """Train to the end. Raises InterruptedRunError after a stop, FinefitError when the loss is no number."""
+        self._restore()
+        check_disk(self.folder.root, self._needed_bytes())
+        self.progress = Progress(self.num_steps, self.state.step, self.is_shown)
+        try:
+            self._loop()
+        except StopRequestedError:
+            self._leave()
+        finally:
+            self.progress.close()
+
+    def _loop(self) -> None:
+        self._evaluate_if_due()
+        while self.state.step < self.num_steps:
+            self._take_step()
+            is_last = self.state.step == self.num_steps
+            if is_last or self.state.step % self.save_every_steps == 0:
+                self._save()
+            if self.stop():
+                raise StopRequestedError
+            self._evaluate_if_due()
+
+    def _take_step(self) -> None:
+        batch = self.data.step_batch(self.state.step, self.device)
+        started = time.perf_counter()
+        result = self.train_step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
+        loss = float(result.loss)
+        step_s = time.perf_counter() - started
+        self.state.step += 1
+        self.state.num_tokens += batch.num_tokens
+        self.state.num_trained_tokens += batch.num_trained_tokens
+        self.state.train_s += step_s
+        self.train_step.on_gradients = None
+        self._record(batch, result, loss, step_s)
+        self.random = random_state()
+
+    def _record(self, batch: StepBatch, result: StepResult, loss: float, step_s: float) -> None:
+        grad_norm = None if result.grad_norm is None else float(result.grad_norm)
+        tokens_per_s = batch.num_tokens / step_s
+        self.log.write(
+            "step",
+            {
+                "step": self.state.step,
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "learning_rate": result.learning_rate,
+                "tokens": batch.num_tokens,
+                "trained_tokens": batch.num_trained_tokens,
+                "step_s": step_s,
+                "tokens_per_s": tokens_per_s,
+                **memory_now(self.device),
+            },
+        )
+        # float16's loss scaling skips steps whose gradients overflow; that is no fault
+        has_bad_norm = grad_norm is not None and not math.isfinite(grad_norm) and not self.train_step.scaler
+        if has_bad_norm or not math.isfinite(loss):
+            raise FinefitError(self._divergence(loss, grad_norm, result.learning_rate))
+        self.progress.step(self.state.step, loss, tokens_per_s)
+
+    def _divergence(self, loss: float, grad_norm: float | None, learning_rate: float) -> str:
+        saved = "no checkpoint was written" if self.saved_step is None else f"step {self.saved_step} is saved"
+        return (
+            f"training diverged at step {self.state.step}: loss {loss}, gradient norm {grad_norm} at learning rate "
+            f"{learning_rate:.3g}; lower learning_rate in a new run ({saved})"
+        )
+
+    def _evaluate_if_due(self) -> None:
+        """Before, after, and every `eval_every_steps`; not again after a resume."""
+        step, every = self.state.step, self.eval_every_steps
+        edge = "before" if step == 0 else "after" if step == self.num_steps else None
+        if not (edge or (every and step % every == 0)):
+            return
+        if self.data.held_out and all(e["step"] != step for e in self.state.evaluations):
+            evaluation = evaluate(self.train_step, self.data.held_out, pad_id=self.data.pad_id)
+            entry = {"step": step, **evaluation.to_dict()}
+            self.state.evaluations.append(entry)
+            self.log.write("eval", entry)
+            self.progress.say(
+                f"held out after step {step}: loss {evaluation.loss:.3f}, perplexity {evaluation.perplexity:.2f}"
+            )
+        if edge and edge not in self.state.samples:
+            prompts = self.data.held_out or self.data.train
+            samples = sample_answers(self.model, self.tokenizer, prompts, should_stop=self.stop)
+            self.state.samples[edge] = [sample.to_dict() for sample in samples]
+
+    def _check_gradients(self, model: nn.Module) -> None:
+        """After the first backward: every adapter tensor has a gradient, and no LoRA B is all zero.
+
+        A's gradient is zero at first, because B is; a routed expert may have seen no token.
+        """
+        if not self.setup.uses_adapters:
+            return
+        for name, parameter in trained_parameters(model).items():
+            is_dead = parameter.grad is None or (
+                ".lora_B." in name and ".experts." not in name and not bool(parameter.grad.any())
+            )
+            if is_dead:
+                raise FinefitError(f"the adapter tensor {name} gets no gradient: it would stay untrained")
+
+    def _save(self) -> None:
+        weights = trained_parameters(self.model)
+        state = self._state_tree()
+        check_disk(self.folder.root, tensor_bytes(weights) + tensor_bytes(state))
+        self.log.sync()
+        save_checkpoint(self.folder.checkpoints, self.state.step, weights, state)
+        self.saved_step = self.state.step
+
+    def _state_tree(self) -> dict[str, Any]:
+        scaler = self.train_step.scaler
+        return {
+            "run": asdict(self.state),
+            "random": self.random,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "data_sha256": self.data.sha256,
+        }
+
+    def _restore(self) -> None:
+        """Take over the newest whole checkpoint, and drop the metrics of steps that are taken again."""
+        checkpoint, notes = newest_checkpoint(self.folder.checkpoints)
+        if notes and checkpoint is None:
+            notes.append("no checkpoint is whole: the run starts again")
+        self.folder.notes += notes
+        if checkpoint is not None:
+            self._take_over(checkpoint)
+        kept = {e["step"] for e in self.state.evaluations}
+        self.log.keep(lambda e: e["step"] <= self.state.step if e["kind"] == "step" else e["step"] in kept)
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        if state["data_sha256"] != self.data.sha256 and not self.folder.allow_changes:
+            raise FinefitError(
+                f"{self.setup.data} is not what it was when {checkpoint.path} was written; put the old data back, "
+                "choose another --out, or allow the changes"
+            )
+        load_weights(self.model, checkpoint.weights)
+        self.optimizer.load_state_dict(_mutable(state["optimizer"]))
+        if self.train_step.scaler is not None and state["scaler"]:
+            self.train_step.scaler.load_state_dict(state["scaler"])
+        self.state = RunState(**state["run"])
+        self.random = state["random"]
+        set_random_state(self.random)
+        self.train_step.num_steps_done = self.state.step
+        self.saved_step = self.resumed_from = checkpoint.step
+
+    def _leave(self) -> None:
+        """Save where the run is and say that it can go on."""
+        assert self.stop.received is not None
+        name = self.stop.received.name
+        try:
+            if self.saved_step != self.state.step:
+                self._save()
+        except FinefitError as error:
+            raise UnsavedRunError(f"stopped by {name}, and {error}") from error
+        raise InterruptedRunError(
+            f"stopped by {name} after step {self.state.step} of {self.num_steps}; the same command resumes"
+        )
+
+    def _needed_bytes(self) -> int:
+        """Disk: the checkpoints that stay, the one being written, and the final adapter or model."""
+        weights = trained_parameters(self.model)
+        return (KEEP + 1) * checkpoint_bytes(self.setup, weights) + tensor_bytes(weights)
+
+
+def checkpoint_bytes(setup: TrainSetup, weights: Mapping[str, torch.Tensor]) -> int:
+    """What one checkpoint takes on disk, before there is an optimizer state to look at."""
+    entry = find_optimizer(setup.optimizer)
+    has_masters = setup.master_weights == "float32"
+    total = 0
+    for tensor in weights.values():
+        element_bytes = 4 if has_masters else tensor.element_size()
+        dims = (tensor.shape[0], tensor.numel() // tensor.shape[0]) if tensor.ndim > 1 else None
+        total += tensor.numel() * (tensor.element_size() + 4 * has_masters)
+        total += entry.state_bytes(tensor.numel(), element_bytes, dims)
+    return total
+
+
+def _mutable(state: Any) -> dict[str, Any]:
+    """Optimizers take their state over by changing it."""
+    return dict(state)

@@ -1,0 +1,108 @@
+"""A run's data: the setup's file as examples, split, with the order in which they are trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.batching import BatchPlan, collate, num_real_tokens, num_trained_tokens
+from bench.data import Example, split, tokenize_file
+from planner.errors import DataError, SetupError
+from planner.setup import TrainSetup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepBatch:
+    """One optimizer step's micro-batches on the device. `num_tokens` are real ones, without padding."""
+
+    micro_batches: list[dict[str, torch.Tensor]]
+    num_tokens: int
+    num_trained_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RunData:
+    """Training and held-out examples; `sha256` changes with any of their tokens or labels."""
+
+    setup: TrainSetup
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    batches: BatchPlan
+    sha256: str
+    pad_id: int
+    facts: Mapping[str, Any]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run: `max_steps`, else `epochs` passes."""
+        if self.setup.max_steps is not None:
+            return self.setup.max_steps
+        return max(1, math.ceil(self.setup.epochs * self.batches.num_steps_per_epoch))
+
+    def step_batch(self, step: int, device: torch.device) -> StepBatch:
+        """The global batch of optimizer step `step`, counted from 0; the same at every call.
+
+        Rows are padded to the longest of their micro-batch; compiled layers need one shape, `seq_len`.
+        """
+        rows = self.batches.step_rows(self.train, step)
+        seq_len = self.setup.seq_len if self.setup.compile else None
+        collated = [collate(r, pad_id=self.pad_id, seq_len=seq_len, packing=self.setup.packing) for r in rows]
+        return StepBatch(
+            micro_batches=[{name: t.to(device) for name, t in batch.items()} for batch in collated],
+            num_tokens=sum(map(num_real_tokens, rows)),
+            num_trained_tokens=sum(map(num_trained_tokens, rows)),
+        )
+
+
+def load_run_data(setup: TrainSetup, tokenizer: Any) -> RunData:
+    """Read, tokenise, split and order the setup's data. Raises DataError, or SetupError where it names none."""
+    if not setup.data:
+        raise SetupError("data", "training needs a file: set data in the plan, or --set data=FILE")
+    path = Path(setup.data)
+    tokenized = tokenize_file(path, tokenizer, seq_len=setup.seq_len, objective=setup.objective)
+    return run_data(setup, tokenized.examples, pad_id=tokenizer.pad_token_id, facts=_plain(tokenized.facts))
+
+
+def run_data(
+    setup: TrainSetup, examples: Sequence[Example], *, pad_id: int, facts: Mapping[str, Any] | None = None
+) -> RunData:
+    """RunData of examples that are tokenised already."""
+    train, held_out = split(examples, setup.eval_fraction, setup.seed)
+    if not train:
+        raise DataError(str(setup.data), "no example is left to train on after the split")
+    batches = BatchPlan.of(
+        train,
+        seq_len=setup.seq_len,
+        packing=setup.packing,
+        micro_batch_size=setup.micro_batch_size,
+        grad_accum_steps=setup.grad_accum_steps,
+        seed=setup.seed,
+    )
+    return RunData(
+        setup=setup,
+        train=train,
+        held_out=held_out,
+        batches=batches,
+        sha256=_fingerprint(examples),
+        pad_id=pad_id,
+        facts=facts or {},
+    )
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.input_ids).to_bytes(8, "little"))
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.labels.tobytes())
+    return digest.hexdigest()
+
+
+def _plain(facts: Any) -> dict[str, Any]:
+    return {name: getattr(facts, name) for name in facts.__slots__}

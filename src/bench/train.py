@@ -1,0 +1,215 @@
+"""The fine-tune: plan and data -> a trained adapter or model, with crash-safe checkpoints on the way.
+
+The same call again resumes: weights, optimizer, random generators and position come back, and the result is that
+of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.artifact import verify_artifact, write_artifact
+from bench.build import build_model, check_runnable
+from bench.loss import check_head
+from bench.metrics import memory_peaks
+from bench.run import Run
+from bench.rundata import RunData, load_run_data
+from bench.runfolder import RunFolder
+from bench.signals import StopFlag
+from bench.weights import load_tokenizer, local_model
+from planner.planfile import PlanFile
+from planner.setup import TrainSetup
+
+STACK = ("finefit", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
+"""The packages whose versions a summary names."""
+
+_WARMUP_STEPS = 2
+"""Steps that `measured` leaves out: memory is allocated and kernels are chosen in them."""
+_PROBE_TOKENS = 64
+_HARMLESS_WARNINGS = ("Failed to load CPU gemm_4bit_forward", "Paged optimizers are not supported on CPU")
+"""bitsandbytes' words about faster paths that this machine doesn't have."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSummary:
+    """summary.json: what a finished run was, gave and took.
+
+    `predicted` is what the plan said. `measured`: `step_s` (median) and `tokens_per_s` (real tokens over the same
+    steps), peaks in bytes of the last session. Evaluations are {loss, perplexity, num_trained_tokens,
+    num_examples} or None without held-out data; samples are [{prompt, expected, answer}].
+    """
+
+    setup: Mapping[str, Any]
+    artifact: str
+    device: str
+    num_steps: int
+    num_tokens: int
+    num_trained_tokens: int
+    train_s: float
+    final_loss: float | None
+    eval_before: Mapping[str, Any] | None
+    eval_after: Mapping[str, Any] | None
+    sample_before: list[dict[str, str]]
+    sample_after: list[dict[str, str]]
+    predicted: Mapping[str, Any]
+    measured: Mapping[str, Any]
+    data: Mapping[str, Any]
+    versions: Mapping[str, str]
+    resumed_from: int | None = None
+    notes: list[str] = field(default_factory=list)
+    schema_version: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that summary.json holds."""
+        return asdict(self)
+
+
+def train(
+    plan: PlanFile | TrainSetup,
+    out_dir: Path,
+    *,
+    resume: bool = True,
+    progress: bool = True,
+    allow_changes: bool = False,
+    device: str | None = None,
+    save_every_steps: int | None = None,
+    eval_every_steps: int | None = None,
+) -> RunSummary:
+    """Run a plan to its end in `out_dir`, or on from its newest checkpoint; a finished run's summary as it is.
+
+    `resume=False` insists on a new folder; `allow_changes` goes on under a plan that differs from the folder's.
+    `device` defaults to CUDA where torch sees it, else the CPU. `save_every_steps` defaults to a tenth of the
+    run; `eval_every_steps` adds evaluations to those before and after. Progress goes to stderr.
+
+    Raises UsageError and SetupError (exit 2), DataError and FinefitError (1), and InterruptedRunError (33) when
+    SIGTERM or SIGINT stopped it after a checkpoint; UnsavedRunError (143) when none could be written.
+    """
+    plan = PlanFile(setup=plan) if isinstance(plan, TrainSetup) else plan
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_runnable(plan.setup, place)
+    with RunFolder(out_dir, plan, resume=resume, allow_changes=allow_changes) as folder:
+        finished = folder.read_summary()
+        if finished is not None and not folder.notes:
+            return RunSummary(**finished)
+        folder.notes += setup_notes(plan.setup)
+        run = _prepare(plan.setup, folder, place, progress, save_every_steps, eval_every_steps)
+        with run.stop:
+            run.execute()
+        for note in folder.notes:
+            print(f"note: {note}", file=sys.stderr)
+        artifact = write_artifact(plan.setup, run.model, run.tokenizer, folder.root)
+        verify_artifact(plan.setup, run.model, artifact, _probe(run.data, place))
+        summary = _summarise(run, plan, artifact)
+        folder.write_summary(summary.to_json())
+    return summary
+
+
+def setup_notes(setup: TrainSetup) -> list[str]:
+    """Settings that the run can't follow."""
+    notes = []
+    if setup.optimizer_in_backward and setup.max_grad_norm is not None:
+        notes.append("max_grad_norm is not applied: optimizer_in_backward never has all gradients at once")
+    return notes
+
+
+def _prepare(
+    setup: TrainSetup,
+    folder: RunFolder,
+    device: torch.device,
+    progress: bool,
+    save_every_steps: int | None,
+    eval_every_steps: int | None,
+) -> Run:
+    """Data first, because its faults are found in seconds; then the model."""
+    for message in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    tokenizer = load_tokenizer(setup)
+    data = load_run_data(setup, tokenizer)
+    model = build_model(setup, weights=_weights(setup), device=device)
+    if setup.loss != "full":
+        check_head(model)
+    return Run(
+        folder,
+        data,
+        model,
+        tokenizer,
+        stop=StopFlag(),
+        progress=progress,
+        save_every_steps=save_every_steps,
+        eval_every_steps=eval_every_steps,
+    )
+
+
+def _weights(setup: TrainSetup) -> Path | None:
+    """The folder with the model's config and weights; an inline config has neither, and starts from scratch."""
+    if not isinstance(setup.model, str):
+        return None
+    return local_model(setup.model, revision=setup.revision, needs_weights=not setup.from_scratch)
+
+
+def _probe(data: RunData, device: torch.device) -> torch.Tensor:
+    """A few real tokens, to compare logits on."""
+    example = (data.held_out or data.train)[0]
+    return torch.tensor([example.input_ids[:_PROBE_TOKENS].tolist()], device=device)
+
+
+def _summarise(run: Run, plan: PlanFile, artifact: Path) -> RunSummary:
+    state = run.state
+    at = {entry["step"]: entry for entry in state.evaluations}
+    steps = [entry for entry in run.log.read() if entry["kind"] == "step"]
+    return RunSummary(
+        setup=plan.setup.to_dict(),
+        artifact=artifact.name,
+        device=device_name(run.device),
+        num_steps=state.step,
+        num_tokens=state.num_tokens,
+        num_trained_tokens=state.num_trained_tokens,
+        train_s=state.train_s,
+        final_loss=steps[-1]["loss"] if steps else None,
+        eval_before=at.get(0),
+        eval_after=at.get(state.step),
+        sample_before=state.samples.get("before", []),
+        sample_after=state.samples.get("after", []),
+        predicted=dict(plan.predicted),
+        measured={**_pace(steps), **memory_peaks(run.device)},
+        data={"sha256": run.data.sha256, **run.data.facts},
+        versions=stack_versions(),
+        resumed_from=run.resumed_from,
+        notes=run.folder.notes,
+    )
+
+
+def _pace(steps: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Median step and tokens per second after the warm-up."""
+    warm = steps[_WARMUP_STEPS:] or steps
+    if not warm:
+        return {"step_s": None, "tokens_per_s": None}
+    return {
+        "step_s": statistics.median(entry["step_s"] for entry in warm),
+        "tokens_per_s": sum(e["tokens"] for e in warm) / sum(e["step_s"] for e in warm),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or `cpu`."""
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
+
+
+def stack_versions() -> dict[str, str]:
+    """Versions of the installed packages that decide what a run gives."""
+    versions = {}
+    for name in STACK:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
