@@ -1,33 +1,66 @@
-"""Examples -> batches: packing, order of an epoch, random access by step."""
+"""Examples -> batches: packing, the order of an epoch, random access by step."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench.data import Example
+import numpy as np
+
+from bench.data import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:
     import torch
 
 
-def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
-    """The numbers 0 … num_examples - 1 shuffled; depends on (seed, epoch) alone."""
-    raise NotImplementedError
+def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
+    """The numbers 0 … num_rows - 1 shuffled; depends on (seed, epoch) alone.
+
+    Sorts by raw bits of a counter-based generator, whose stream, unlike `Generator.permutation`, numpy
+    promises never to change; so a resumed run keeps its order under a later numpy.
+    """
+    bits = np.random.Philox(key=[seed, epoch]).random_raw(num_rows)
+    return [int(number) for number in np.argsort(bits, kind="stable")]
 
 
 def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Indices of `lengths` in rows of at most `seq_len` tokens (best-fit decreasing)."""
-    raise NotImplementedError
+    """Indices of `lengths` in rows of at most `seq_len` tokens, by best-fit decreasing.
+
+    Each document, the longest first, goes to the fullest row that still holds it. Raises ValueError for a longer one.
+    """
+    rows: list[list[int]] = []
+    rows_with_room: dict[int, list[int]] = {}
+    rooms: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        length = lengths[number]
+        if length > seq_len:
+            raise ValueError(f"document {number} has {length} tokens, more than seq_len {seq_len}")
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            rows.append([])
+            row, room = len(rows) - 1, seq_len
+        else:
+            room = rooms[at]
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                del rows_with_room[room], rooms[at]
+        rows[row].append(number)
+        left = room - length
+        if left not in rows_with_room:
+            insort(rooms, left)
+        rows_with_room.setdefault(left, []).append(row)
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchPlan:
     """Which examples each optimizer step sees, with random access by step.
 
-    `rows` holds the example indices of each sequence: one index without packing, several with it.
-    The last global batch of an epoch may be short (fewer micro-batches, a smaller last one); nothing is dropped.
+    `rows` holds the example indices of each sequence: one index without packing, several with it. Rows are packed
+    once, so every epoch has the same number of steps; only their order changes. The last global batch of an
+    epoch holds what is left (fewer micro-batches, a smaller last one): nothing is dropped or seen twice.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -46,23 +79,41 @@ class BatchPlan:
         grad_accum_steps: int,
         seed: int,
     ) -> BatchPlan:
-        """The plan of a data set; packed once, so that every epoch has the same number of steps."""
-        raise NotImplementedError
+        """The plan of a data set; without packing a row is an example."""
+        numbers = (
+            pack([e.num_tokens for e in examples], seq_len)
+            if packing
+            else [[n] for n in range(len(examples))]
+        )
+        return cls(
+            rows=tuple(map(tuple, numbers)),
+            micro_batch_size=micro_batch_size,
+            grad_accum_steps=grad_accum_steps,
+            seed=seed,
+        )
 
     @property
     def num_steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the data."""
-        raise NotImplementedError
+        return -(-len(self.rows) // (self.micro_batch_size * self.grad_accum_steps))
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """Row numbers (indices into `rows`) of each micro-batch of optimizer step `step`, counted from 0 over
         all epochs: epoch = step // num_steps_per_epoch.
         """
-        raise NotImplementedError
+        epoch, step_in_epoch = divmod(step, self.num_steps_per_epoch)
+        global_size = self.micro_batch_size * self.grad_accum_steps
+        order = epoch_order(len(self.rows), self.seed, epoch)
+        chosen = order[step_in_epoch * global_size : (step_in_epoch + 1) * global_size]
+        size = self.micro_batch_size
+        return [chosen[at : at + size] for at in range(0, len(chosen), size)]
 
     def step_rows(self, examples: Sequence[Example], step: int) -> list[list[list[Example]]]:
         """The same as examples: micro-batch -> row -> documents; each micro-batch is ready for `collate`."""
-        raise NotImplementedError
+        return [
+            [[examples[number] for number in self.rows[row]] for row in micro_batch]
+            for micro_batch in self.micro_batches(step)
+        ]
 
 
 def collate(
@@ -72,16 +123,42 @@ def collate(
     `labels`, `position_ids`, and `attention_mask` only where there is padding and no packing.
 
     Packed: position_ids restart with each document and there is no mask (a mask, or use_cache=True, would let
-    documents see each other); padding at the end is a document of its own without labels.
+    documents see each other); padding at the end is a document of its own without labels. Padding is told by
+    its place, never by its id, so an end token that is also the pad token keeps its label. Raises ValueError
+    when a row is longer than seq_len, or holds several documents without packing.
     """
-    raise NotImplementedError
+    import torch
+
+    lengths = [sum(example.num_tokens for example in row) for row in rows]
+    width = max(lengths) if seq_len is None else seq_len
+    if max(lengths) > width:
+        raise ValueError(f"a row has {max(lengths)} tokens, more than seq_len {seq_len}")
+    if not packing and any(len(row) != 1 for row in rows):
+        raise ValueError("several documents in one row need packing")
+    batch = {
+        "input_ids": np.full((len(rows), width), pad_id, dtype=np.int64),
+        "labels": np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64),
+        "position_ids": np.zeros((len(rows), width), dtype=np.int64),
+    }
+    for number, row in enumerate(rows):
+        at = 0
+        for example in row:
+            part = (number, slice(at, at + example.num_tokens))
+            batch["input_ids"][part] = example.input_ids
+            batch["labels"][part] = example.labels
+            batch["position_ids"][part] = np.arange(example.num_tokens)
+            at += example.num_tokens
+        batch["position_ids"][number, at:] = np.arange(width - at)
+    if not packing and min(lengths) < width:
+        batch["attention_mask"] = (np.arange(width) < np.array(lengths)[:, None]).astype(np.int64)
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 def num_real_tokens(rows: Sequence[Sequence[Example]]) -> int:
     """Tokens that are not padding."""
-    raise NotImplementedError
+    return sum(example.num_tokens for row in rows for example in row)
 
 
 def num_trained_tokens(rows: Sequence[Sequence[Example]]) -> int:
     """Tokens that give a loss; sum it over the micro-batches of a step to normalise the loss."""
-    raise NotImplementedError
+    return sum(example.num_trained_tokens for row in rows for example in row)

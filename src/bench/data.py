@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planner.dataset import Row
+from bench.chat_template import ensure_template
+from bench.encode import Document, documents
+from planner.dataset import Row, nearest_rank, read_rows
+from planner.dataset_files import Reader
+from planner.errors import DataError
 
 IGNORE_INDEX = -100
 """The label that torch's cross-entropy leaves out."""
+MAX_DROPPED_SHARE = 0.01
+"""More rows than this without anything to learn are a mistake in the settings, not in the rows."""
+
+Ids = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -25,8 +34,8 @@ class Example:
     `group` is equal for exact duplicates and for pieces of one long text; the split keeps groups whole.
     """
 
-    input_ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
+    input_ids: Ids
+    labels: Ids
     group: str
 
     @property
@@ -42,10 +51,14 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenFacts:
-    """What tokenising did to the rows; every loss of data is counted here. Lengths count tokens.
+    """What tokenising did to the rows; every loss of data is counted. Lengths count tokens.
 
     `template`: "chat" (the tokenizer's own), "plain" (finefit's, for tokenizers without one) or "none" (plain
-    texts). `spans`: how the answers were found: "marker", "prefix" or "search"; "all" where everything trains.
+    texts). `spans`: how answers were found, see `bench.chat_template`; "all" where everything trains.
+    `num_truncated_rows` lost tokens at seq_len, `num_lost_answer_tokens` of them trained ones; `num_dropped_rows` of
+    these rows had no trained token left. In pretraining, long texts are cut into several examples
+    (`num_split_rows`) and lose at most a last single token. `num_control_token_rows` hold the text of a control token such as
+    <|im_end|>, which the tokenizer reads as one.
     """
 
     num_rows: int
@@ -55,9 +68,11 @@ class TokenFacts:
     num_truncated_rows: int
     num_lost_answer_tokens: int
     num_dropped_rows: int
+    num_split_rows: int
+    num_control_token_rows: int
     template: str
     template_sha256: str
-    spans: str
+    spans: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -70,7 +85,7 @@ class Tokenized:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLengths:
-    """Lengths of the rows in tokens, before any truncation."""
+    """Lengths of the rows in tokens, before any truncation; percentiles by nearest rank."""
 
     num_rows: int
     total_tokens: int
@@ -80,32 +95,175 @@ class TokenLengths:
     max_tokens: int
 
 
-def tokenize_rows(
-    rows: Sequence[Row], tokenizer: Any, *, seq_len: int, objective: str = "sft", path: str = "data"
-) -> Tokenized:
-    """Rows as examples of at most `seq_len` tokens; raises DataError when the audits fail."""
-    raise NotImplementedError
+def tokenize_rows(rows: Sequence[Row], tokenizer: Any, *, seq_len: int, objective: str = "sft") -> Tokenized:
+    """Rows as examples of at most `seq_len` tokens.
 
-
-def tokenize_file(
-    path: Path, tokenizer: Any, *, seq_len: int, objective: str = "sft", cache_dir: Path | None = None
-) -> Tokenized:
-    """`tokenize_rows` of a file or folder through the cache of tokenised data (default: the user's cache)."""
-    raise NotImplementedError
+    Objective sft trains all assistant turns, each with the token that ends it; pretrain trains every token.
+    A tokenizer without a chat template gets the plain one. Raises DataError with the line of a row that can't be
+    written, and when an audit fails: more than 1 % of the rows without a trained token, or no turn ever ended.
+    """
+    template = "none" if all(row.text is not None for row in rows) else ensure_template(tokenizer)
+    found = list(documents(rows, tokenizer, objective))
+    cut = _pieces if objective == "pretrain" else _beginning
+    results = [(document, cut(document, seq_len)) for document in found]
+    _audit_trained(rows, results, seq_len)
+    if objective == "sft":
+        _audit_ends(rows, results, seq_len)
+    facts = _facts(results, template, tokenizer)
+    return Tokenized(examples=[example for _, examples in results for example in examples], facts=facts)
 
 
 def split(
     examples: Sequence[Example], eval_fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """(train, held out): deterministic, no group on both sides, at least one held out if the fraction is > 0."""
-    raise NotImplementedError
+    """(train, held out), both in their old order; depends on the examples' content and the seed alone.
+
+    Groups go to one side whole, so no duplicate straddles the split. At least one example is held out if the fraction
+    is above 0. Raises DataError when the examples make fewer than two groups.
+    """
+    if eval_fraction <= 0:
+        return list(examples), []
+    sizes: dict[str, int] = {}
+    for example in examples:
+        sizes[example.group] = sizes.get(example.group, 0) + 1
+    if len(sizes) < 2:
+        message = f"{len(sizes)} distinct row(s) can't be split into training and held-out rows; add rows or set eval_fraction 0"
+        raise DataError("data", message)
+    wanted = max(1, round(len(examples) * eval_fraction))
+    held_out: set[str] = set()
+    num_held_out = 0
+    for group in sorted(sizes, key=lambda group: _draw(group, seed))[:-1]:
+        if num_held_out >= wanted:
+            break
+        held_out.add(group)
+        num_held_out += sizes[group]
+    train = [example for example in examples if example.group not in held_out]
+    return train, [example for example in examples if example.group in held_out]
 
 
-def token_lengths(path: Path, tokenizer: Any, *, objective: str = "sft") -> TokenLengths:
-    """The rows' lengths in tokens, for the planner."""
-    raise NotImplementedError
+def token_lengths(path: str | Path, tokenizer: Any, *, objective: str = "sft") -> TokenLengths:
+    """The rows' lengths in tokens, for the planner. Raises DataError."""
+    rows = load_rows(path)
+    if any(row.text is None for row in rows):
+        ensure_template(tokenizer)
+    lengths = sorted(len(document.ids) for document in documents(rows, tokenizer, objective))
+    return TokenLengths(
+        num_rows=len(rows),
+        total_tokens=sum(lengths),
+        p50_tokens=nearest_rank(lengths, 0.50),
+        p90_tokens=nearest_rank(lengths, 0.90),
+        p99_tokens=nearest_rank(lengths, 0.99),
+        max_tokens=lengths[-1],
+    )
+
+
+def load_rows(path: str | Path) -> list[Row]:
+    """`planner.dataset.read_rows`, and Parquet where pyarrow is installed. Raises DataError."""
+    return read_rows(path, readers=extra_readers())
+
+
+def extra_readers() -> Mapping[str, Reader]:
+    """Readers of the kinds of file that need more than the standard library."""
+    import importlib.util
+
+    return {".parquet": _read_parquet} if importlib.util.find_spec("pyarrow") else {}
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
+    """A record's line is its number, from 1."""
+    import importlib
+
+    pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(str(path), f"can't be read as Parquet ({str(error).splitlines()[0]})") from error
 
 
 def check_vocabulary(tokenizer: Any, embedding_rows: int) -> None:
-    """Raise DataError when the tokenizer knows more tokens than the embedding has rows."""
-    raise NotImplementedError
+    """Raise DataError when the tokenizer has ids that the embedding has no row for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embedding_rows:
+        name = getattr(tokenizer, "name_or_path", "") or "tokenizer"
+        message = f"its largest id is {largest}, but the embedding has {embedding_rows} rows; use the model's own tokenizer"
+        raise DataError(str(name), message)
+
+
+def _beginning(document: Document, seq_len: int) -> list[Example]:
+    """The first `seq_len` tokens, or nothing where none of these trains."""
+    example = _example(document.ids[:seq_len], document.trained[:seq_len])
+    return [example] if example.num_trained_tokens else []
+
+
+def _pieces(document: Document, seq_len: int) -> list[Example]:
+    """All tokens in examples of `seq_len`; a last single token would train nothing."""
+    ids, trained, group = document.ids, document.trained, _digest(document.ids)
+    starts = range(0, len(ids), seq_len)
+    parts = [_example(ids[s : s + seq_len], trained[s : s + seq_len], group) for s in starts]
+    return [part for part in parts if part.num_trained_tokens]
+
+
+def _example(ids: Ids, trained: npt.NDArray[np.bool_], group: str = "") -> Example:
+    labels = np.where(trained, ids, IGNORE_INDEX).astype(np.int32)
+    labels[:1] = IGNORE_INDEX
+    return Example(input_ids=ids, labels=labels, group=group or _digest(ids))
+
+
+def _digest(ids: Ids) -> str:
+    return hashlib.sha256(ids.tobytes()).hexdigest()[:32]
+
+
+_Result = tuple[Document, list[Example]]
+
+
+def _audit_trained(rows: Sequence[Row], results: Sequence[_Result], seq_len: int) -> None:
+    empty = [number for number, (_, examples) in enumerate(results) if not examples]
+    if len(empty) <= MAX_DROPPED_SHARE * len(results):
+        return
+    p99 = nearest_rank(sorted(len(document.ids) for document, _ in results), 0.99)
+    first = rows[empty[0]]
+    message = (
+        f"{len(empty)} of {len(results)} rows have nothing to train within seq_len {seq_len} "
+        f"(this is the first); raise seq_len: 99 % of the rows have at most {p99} tokens"
+    )
+    raise DataError(first.path, message, first.line)
+
+
+def _audit_ends(rows: Sequence[Row], results: Sequence[_Result], seq_len: int) -> None:
+    if any(end < seq_len for document, _ in results for end in document.ends):
+        return
+    reason = "the chat template never ends an answer and the tokenizer has no end token"
+    if any(document.ends for document, _ in results):
+        reason = f"every answer is longer than seq_len {seq_len}, so that its end is cut off"
+    raise DataError(rows[0].path, f"the model would never learn to stop: {reason}")
+
+
+def _facts(results: Sequence[_Result], template: str, tokenizer: Any) -> TokenFacts:
+    found = [document for document, _ in results]
+    examples = [example for _, examples in results for example in examples]
+    num_trained = sum(example.num_trained_tokens for example in examples)
+    kept = [(document, sum(example.num_tokens for example in pieces)) for document, pieces in results]
+    cut = [(document, num_kept) for document, num_kept in kept if num_kept < len(document.ids)]
+    written = tokenizer.chat_template if template != "none" else ""
+    return TokenFacts(
+        num_rows=len(results),
+        num_examples=len(examples),
+        num_tokens=sum(example.num_tokens for example in examples),
+        num_trained_tokens=num_trained,
+        num_truncated_rows=len(cut),
+        num_lost_answer_tokens=sum(int(document.trained[num_kept:].sum()) for document, num_kept in cut),
+        num_dropped_rows=sum(not e for _, e in results),
+        num_split_rows=sum(len(e) > 1 for _, e in results),
+        num_control_token_rows=sum(document.has_control_tokens for document in found),
+        template=template,
+        template_sha256=hashlib.sha256(written.encode()).hexdigest(),
+        spans=tuple(sorted({document.method for document in found})),
+    )
+
+
+def _draw(group: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{group}".encode()).digest()
