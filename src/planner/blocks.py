@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from planner.specs import LayerSpec, Matrix, ModelSpec
 from planner.tape import (
+    ACTIVATIONS,
     LOGITS,
     WORKSPACE,
     ZERO,
@@ -50,6 +51,7 @@ class Recipe:
     trains_base: bool = False
     autocast: bool = False
     quantised: bool = False
+    dropout: bool = False
     attention: str = "sdpa"
     fused: bool = False
     on_gpu: bool = True
@@ -87,7 +89,7 @@ class LossBytes:
     copies them (transformers before the labels were padded instead); `keeps_16bit` and `keeps_input`: the
     model's forward still holds the 16-bit logits, or the head's input, while the loss runs;
     `in_place_grad`: a fused kernel writes the gradient over the logits; `scaled`: logits are multiplied once.
-    Chunk by chunk: `chunk_tokens` at a time with `chunk_width` bytes for each of a chunk's logits.
+    `ends_at_logits`: the forward only. Chunk by chunk: `chunk_tokens` at a time with `chunk_width` bytes for each of a chunk's logits.
     """
 
     upcast: bool = True
@@ -96,6 +98,7 @@ class LossBytes:
     keeps_input: bool = False
     in_place_grad: bool = False
     scaled: bool = False
+    ends_at_logits: bool = False
     chunk_tokens: int = 0
     chunk_width: int = 0
 
@@ -172,6 +175,9 @@ class _Block:
         return out
 
     def _plain_linear(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
+        return self._product(x, matrix, share, ACTIVATIONS)
+
+    def _product(self, x: Tensor, matrix: Matrix, share: float, category: int) -> Tensor:
         recipe = self.recipe
         x = self.cast(x, recipe.compute, matrix.in_features * share)
         saved = [x] if recipe.trains_base else []
@@ -184,7 +190,7 @@ class _Block:
             saved.append(copy)
         grad = self._weight_grad(matrix.num_weights + matrix.num_biases, recipe.weight)
         out = per_token(recipe.compute * matrix.out_features * share)
-        return self.tape.run(inputs, out, recipe.compute, saves=saved, weight_grad=grad)
+        return self.tape.run(inputs, out, recipe.compute, saves=saved, weight_grad=grad, category=category)
 
     def _quantised_linear(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
         """bitsandbytes' MatMul4Bit: saves the packed weight only, dequantises in forward and backward."""
@@ -199,11 +205,12 @@ class _Block:
     def _adapter(self, x: Tensor, out: Tensor, matrix: Matrix, share: float, is_quantised: bool) -> Tensor:
         """out + B(A(x)) as peft's Linear does it; its 4-bit linear leaves the casts to autocast."""
         recipe = self.recipe
-        casts_input = not (is_quantised and recipe.autocast)
-        if casts_input:
+        # torch.is_autocast_enabled(), which peft's 4-bit linear asks, means CUDA's autocast only.
+        leaves_casts = is_quantised and recipe.autocast and recipe.on_gpu
+        if not leaves_casts:
             x = self.cast(x, recipe.adapter, matrix.in_features * share)
         inner = recipe.compute if recipe.autocast else recipe.adapter
-        x = self.cast(x, inner, matrix.in_features * share)
+        x = self._dropped(self.cast(x, inner, matrix.in_features * share), matrix.in_features * share)
         weights_a = recipe.rank * matrix.in_features * matrix.copies * recipe.adapter
         weights_b = recipe.rank * matrix.out_features * matrix.copies * recipe.adapter
         low = self.tape.run(
@@ -215,6 +222,13 @@ class _Block:
         width = max(out.width, inner)
         total = self.tape.run([out, high], per_token(width * matrix.out_features * share), width)
         return self.cast(total, out.width, matrix.out_features * share)
+
+    def _dropped(self, x: Tensor, num_elements: float) -> Tensor:
+        """Dropout before an adapter: a copy, and a mask of one byte per element for the backward."""
+        if not self.recipe.dropout:
+            return x
+        mask = self.tape.run([], per_token(num_elements), 1)
+        return self.tape.run([x, mask], per_token(x.width * num_elements), x.width, saves=[mask])
 
     def attention(self, x: Tensor, layer: LayerSpec) -> Tensor:
         """Projections, rotary embedding, attention kernel, output projection."""
@@ -359,18 +373,13 @@ class _Block:
 
     def loss(self, hidden: Tensor, head: Matrix, kind: LossBytes) -> None:
         """Head product, float32 copy, log-softmax, negative log-likelihood."""
-        last_hidden = hidden
         recipe, num = self.recipe, head.out_features
-        hidden = self.cast(hidden, recipe.compute, head.in_features)
-        saves = [hidden] if recipe.trains_base else []
-        grad = self._weight_grad(head.num_weights, recipe.weight)
         narrow, wide = per_token(recipe.compute * num), per_token(FULL_WIDTH * num)
-        logits = self.tape.run(
-            [hidden], narrow, recipe.compute, saves=saves, weight_grad=grad, category=LOGITS
-        )
-        first = logits
+        first = logits = self._product(hidden, head, 1.0, LOGITS)
         if kind.scaled:
             first = logits = self.tape.run([logits], narrow, recipe.compute, category=LOGITS)
+        if kind.ends_at_logits:
+            return
         if kind.in_place_grad:
             self.tape.run([logits], per_token(FULL_WIDTH), FULL_WIDTH, saves=[logits], category=LOGITS)
             return
@@ -383,7 +392,7 @@ class _Block:
         if kind.keeps_16bit:
             self._hold_until_loss(first)
         if kind.keeps_input:
-            self._hold_until_loss(last_hidden)
+            self._hold_until_loss(hidden)
         log_probs = self.tape.run([logits], wide, FULL_WIDTH, saves_output=True, category=LOGITS)
         self.tape.run([log_probs], ZERO, FULL_WIDTH, saves=[log_probs], category=LOGITS)
 

@@ -11,7 +11,7 @@ the context, the allocator's exact behaviour (see FRAGMENTATION_SHARE).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.blocks import LossBytes, Recipe, head_memory, layer_memory
 from planner.inventory import take_inventory, unquantised_width
@@ -76,6 +76,8 @@ class MemoryModel:
         self.inventory = take_inventory(setup, model)
         self.recipe = _recipe(setup, model, on_gpu)
         self.blocks = [_Block(x.count, layer_memory(x, model.hidden_size, self.recipe)) for x in model.layers]
+        self._stack = parse_stack(setup.stack)
+        self.is_reentrant = self._stack.is_before("transformers", 5)
         self._heads: dict[LossBytes, BlockMemory] = {}
         self._ranks = setup.num_gpus if setup.num_gpus > 1 else 1
         handles = CUBLAS_HANDLES if on_gpu else 0
@@ -102,9 +104,11 @@ class MemoryModel:
             disk_bytes=self._disk_bytes(),
         )
 
-    def head(self, tokens: int) -> BlockMemory:
+    def head(self, tokens: int, *, ends_at_logits: bool = False) -> BlockMemory:
         """Final norm, head and loss; how many tokens a chunked loss takes at once depends on the batch."""
-        kind = _loss_bytes(self.setup, self.model, parse_stack(self.setup.stack), tokens)
+        kind = _loss_bytes(self.setup, self.model, self._stack, tokens)
+        if ends_at_logits:
+            kind = replace(kind, ends_at_logits=True)
         if kind not in self._heads:
             self._heads[kind] = head_memory(self.model, self.model.layers[-1].norm, self.recipe, kind)
         return self._heads[kind]
@@ -219,14 +223,28 @@ class _Step:
         return kept
 
     def _autocast_copies(self) -> float:
-        """Autocast keeps a 16-bit copy of each trained float32 matrix until its context ends."""
-        setup, inventory = self.owner.setup, self.owner.inventory
-        widths = DTYPE_BYTES[setup.adapter_dtype if setup.uses_adapters else setup.weights_dtype]
-        needs_copy = setup.autocast is not None and widths == 4
-        return 2.0 * inventory.trained_params if needs_copy and self.is_checkpointed else 0.0
+        """Autocast keeps a 16-bit copy of each trained float32 matrix until its context ends.
+
+        Without checkpointing the blocks count the copies themselves, since their backward needs them.
+        """
+        setup, owner = self.owner.setup, self.owner
+        width = DTYPE_BYTES[setup.adapter_dtype if setup.uses_adapters else setup.weights_dtype]
+        if setup.autocast is None or width != 4 or not self.is_checkpointed:
+            return 0.0
+        if setup.uses_adapters:
+            return 2.0 * owner.inventory.trained_params
+        return 2.0 * sum(x.count * m.num_weights for x in owner.model.layers for m in x.matrices)
 
     def _forward(self) -> dict[str, float]:
+        """The last layer at work, or the head making its logits."""
         memory = self.owner.blocks[-1].memory
+        logits = self._plus(self.stored)
+        if self.owner.setup.loss == "full":
+            head = self.owner.head(self.tokens, ends_at_logits=True)
+            logits = self._plus(self.stored, head.forward.at(self.tokens, self.seq_len))
+        return max(self._last_layer(memory), logits, key=lambda terms: sum(terms.values()))
+
+    def _last_layer(self, memory: BlockMemory) -> dict[str, float]:
         if self.is_checkpointed:
             return self._plus(self.stored, memory.no_grad.at(self.tokens, self.seq_len))
         saved = {
@@ -254,6 +272,10 @@ class _Step:
             candidates.append(self._plus(self._only_first(block), peak, self._late_grads(peak)))
         candidates.append(self._embedding_backward())
         return max(candidates, key=lambda terms: sum(terms.values()))
+
+    def _reentrant_output(self) -> float:
+        """transformers 4 checkpoints reentrantly: the recomputed layer's output lives through its backward."""
+        return float(self.stream) if self.is_checkpointed and self.owner.is_reentrant else 0.0
 
     def _without_own(self, block: _Block) -> dict[str, float]:
         """A peak of a layer that isn't recomputed counts what it saved itself; take it out of the stored."""
@@ -342,6 +364,7 @@ def _recipe(setup: TrainSetup, model: ModelSpec, on_gpu: bool) -> Recipe:
         trains_base=find_method(setup.method).trains_base,
         autocast=setup.autocast is not None,
         quantised=setup.quant is not None,
+        dropout=setup.dropout > 0,
         attention=setup.attention,
         fused=setup.kernels != "plain",
         on_gpu=on_gpu,
