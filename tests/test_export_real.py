@@ -57,7 +57,7 @@ def tiny_model(tmp_path_factory):
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=64,
-        hidden_size=32,
+        hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
