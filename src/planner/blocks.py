@@ -37,7 +37,8 @@ class Recipe:
     `weight` of the 16/32-bit matrices, `norm` of norm weights (4 under kbit_upcast), `compute` of matrix
     products, `adapter` of adapters, `stream` of the embedding's output. `adapted` holds the matrices' paths
     that get an adapter of `rank`. `quantised`: linears are bitsandbytes' 4-bit (or 8-bit) ones.
-    `fused`: Triton norms and rotary embeddings that save their input only. `on_gpu`: flash or
+    `fused`: norms, rotary embeddings and gated activations in one kernel each that saves its input only (Triton,
+    or torch.compile, whose partitioner recomputes pointwise operations in the backward). `on_gpu`: flash or
     memory-efficient kernels of CUDA instead of the CPU's.
     """
 

@@ -366,7 +366,7 @@ def _recipe(setup: TrainSetup, model: ModelSpec, on_gpu: bool) -> Recipe:
         quantised=setup.quant is not None,
         dropout=setup.dropout > 0,
         attention=setup.attention,
-        fused=setup.kernels != "plain",
+        fused=setup.kernels != "plain" or setup.compile,
         on_gpu=on_gpu,
     )
 

@@ -109,6 +109,16 @@ OPTIMIZERS: dict[str, Optimizer] = {
             source="bitsandbytes.optim.PagedAdamW8bit: managed memory from 1e5 elements up",
         ),
         Optimizer(
+            name="paged-adamw",
+            summary="AdamW with float32 states that page to host memory (bitsandbytes)",
+            num_states=2,
+            state_bits=32,
+            is_paged=True,
+            factory=f"{_BNB}.PagedAdamW32bit",
+            hf_name="paged_adamw_32bit",
+            source="bitsandbytes.optim.PagedAdamW32bit: managed memory from 1e5 elements up",
+        ),
+        Optimizer(
             name="adafactor",
             summary="Adafactor: factored second moments",
             num_states=1,
