@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -48,6 +49,11 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def one_line(error: Exception) -> str:
+    """A library's message as part of a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def load_config(setup: TrainSetup, weights: Path | None) -> Any:
     """The model's transformers config: of `weights`, else of the setup's inline config, folder or profile.
 
@@ -59,8 +65,8 @@ def load_config(setup: TrainSetup, weights: Path | None) -> Any:
         else:
             values = dict(_config_values(setup))
             config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
+        reason = one_line(error)
         raise ConfigError(f"{setup.model_label}: transformers can't read the config: {reason}") from error
     config.use_cache = False
     return config
@@ -122,7 +128,7 @@ def _base_model(
             **options,
         )
     except (ValueError, ImportError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise FinefitError(f"{setup.model_label}: transformers can't build the model: {reason}") from error
     return model
 
@@ -196,7 +202,7 @@ def add_adapters(setup: TrainSetup, model: nn.Module, *, meta: bool = False) -> 
             low_cpu_mem_usage=meta,
         )
     except ValueError as error:
-        raise SetupError("targets", str(error).splitlines()[0]) from error
+        raise SetupError("targets", one_line(error)) from error
     # PEFT follows the base weights' dtype, which says nothing when those are packed integers.
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
@@ -220,10 +226,10 @@ def inner_model(model: nn.Module) -> Any:
 
 
 def switch_checkpointing(setup: TrainSetup, model: nn.Module) -> None:
-    """Recompute each layer in the backward (`full`), after the adapters are in.
+    """Recompute each layer in the backward (`full`), without the gradient of the embeddings' output.
 
-    Called before them, PEFT would make the embeddings' output require a gradient, which non-reentrant
-    checkpointing doesn't need. Raises FinefitError where no layer took it: the memory would not be saved.
+    transformers and PEFT ask for that gradient because reentrant checkpointing needs it; this kind doesn't, and
+    the first layer's backward is spared. Raises FinefitError where no layer took it: no memory would be saved.
     """
     if setup.checkpointing == "none":
         return
@@ -233,7 +239,8 @@ def switch_checkpointing(setup: TrainSetup, model: nn.Module) -> None:
     try:
         inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
-        raise FinefitError(f"{setup.model_label}: checkpointing: {str(error).splitlines()[0]}") from error
+        raise FinefitError(f"{setup.model_label}: checkpointing: {one_line(error)}") from error
+    inner.disable_input_require_grads()
     if not any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
         raise FinefitError(f"{setup.model_label}: no layer took activation checkpointing")
 
