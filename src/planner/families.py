@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,16 +36,13 @@ def model_types() -> tuple[str, ...]:
 def family(model_type: str) -> Family:
     """The family of a model_type, inherited parts merged in.
 
-    Raises NotModelledError with the nearest families when there is none.
+    Raises NotModelledError: out of scope by name, or with the nearest families.
     """
-    entry = _raw()["families"]["family"].get(model_type)
+    entry: Family | None = _raw()["families"]["family"].get(model_type)
     if entry is None:
-        near = ", ".join(nearest_names(model_type, model_types())) or ", ".join(model_types()[:6])
-        raise NotModelledError(
-            f"model_type {model_type!r} is not modelled; nearest: {near} (see `finefit list models`)"
-        )
+        raise NotModelledError(_why_not(model_type))
     parent = entry.get("like")
-    return entry if parent is None else _merge(family(parent), entry)
+    return entry if parent is None else merge(family(parent), entry)
 
 
 def block(name: str) -> Mapping[str, Any]:
@@ -59,7 +54,8 @@ def block(name: str) -> Mapping[str, Any]:
     return found
 
 
-def _merge(base: Family, entry: Family) -> Family:
+def merge(base: Family, entry: Family) -> Family:
+    """`entry` over `base`: tables key by key, anything else replaced."""
     merged = dict(base)
     for key, value in entry.items():
         is_table = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -67,45 +63,10 @@ def _merge(base: Family, entry: Family) -> Family:
     return merged
 
 
-Term = tuple[int, tuple[tuple[str, str | int], ...]]
-_TOKENS = re.compile(r"\s*([-+*/]|\d+|[a-z_][a-z_0-9]*)")
-_OPERATORS = {"*": operator.mul, "/": operator.floordiv}
-
-
-@functools.cache
-def parse(expression: str) -> tuple[Term, ...]:
-    """An expression as terms (sign, ((operator, atom), ...)): sums of products, no brackets.
-
-    >>> parse("2*hidden-1")
-    ((1, (('*', 2), ('*', 'hidden'))), (-1, (('*', 1),)))
-    """
-    if _TOKENS.sub("", expression).strip():
-        raise ProfileError(f"families.toml: can't read the expression {expression!r}")
-    terms: list[Term] = []
-    sign, action, factors = 1, "*", []  # type: int, str, list[tuple[str, str | int]]
-    for token in _TOKENS.findall(expression):
-        if token in "+-":
-            terms.append((sign, tuple(factors)))
-            sign, action, factors = (1 if token == "+" else -1), "*", []
-        elif token in "*/":
-            action = token
-        else:
-            factors.append((action, int(token) if token.isdigit() else token))
-    return (*terms, (sign, tuple(factors)))
-
-
-def evaluate(expression: str | int | bool, dims: Mapping[str, int]) -> int:
-    """The value of an expression over `dims`; ZeroDivisionError and ArithmeticError where / isn't exact."""
-    if not isinstance(expression, str):
-        return int(expression)
-    return sum(sign * _product(factors, dims) for sign, factors in parse(expression))
-
-
-def _product(factors: tuple[tuple[str, str | int], ...], dims: Mapping[str, int]) -> int:
-    value = 1
-    for action, atom in factors:
-        number = atom if isinstance(atom, int) else dims[atom]
-        if action == "/" and (number == 0 or value % number):
-            raise ArithmeticError(f"{atom}")
-        value = _OPERATORS[action](value, number)
-    return value
+def _why_not(model_type: str) -> str:
+    for kind, names in _raw()["families"]["out_of_scope"].items():
+        if model_type in names:
+            hint = ": the text part can be given as its own config" if kind == "vision-language" else ""
+            return f"model_type {model_type!r}: {kind} models are out of scope{hint}"
+    near = ", ".join(nearest_names(model_type, model_types())) or ", ".join(model_types()[:6])
+    return f"model_type {model_type!r:.60} is not modelled; nearest: {near} (see `finefit list models`)"

@@ -7,16 +7,17 @@ model which transformers builds is tested module by module against its real clas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import repeat
+from typing import Any, NamedTuple
 
+from planner.dimensions import Dimensions
 from planner.errors import ConfigError, NotModelledError
-from planner.families import Family, block, evaluate, family
+from planner.families import Family, block, family, merge
 from planner.specs import LayerSpec, Matrix, ModelSpec
 
-MAX_DIMENSION = 100_000_000
-"""No dimension of a real model comes near (the largest vocabulary is below 10**6)."""
 MAX_LAYERS = 10_000
+TEXT_PART_NOTE = "text part only: the model's other parts (vision, audio) are not counted"
 
 
 def model_spec(
@@ -26,17 +27,23 @@ def model_spec(
     hub_id: str | None = None,
     where: str = "config.json",
     experts_as_linears: bool = False,
+    objective: str | None = None,
 ) -> ModelSpec:
     """The shapes of the model that `config` describes.
 
-    `experts_as_linears`: experts as separate nn.Linear (transformers 4) and not as one 3-D parameter (5).
-    `where` names the file in errors. Raises ConfigError for a missing or absurd field and NotModelledError
-    for a model_type without a family.
+    `experts_as_linears`: the model as transformers 4 builds it: experts as separate nn.Linear and not as one
+    3-D parameter, and subclasses of nn.Linear quantised too. `objective` "seq-cls" gives it a classifier in place of the language-model head; any other the head that
+    the family's language model has. `where` names the file in errors. Raises ConfigError for a missing or
+    absurd field and NotModelledError for a model_type that has no family or that is out of scope.
     """
-    model_type = _model_type(config, where)
-    fam = family(model_type)
-    dims = _Dims(config, fam, where)
-    layers = tuple(_layers(fam, dims, experts_as_linears))
+    text, model_type, fam = _family_of(config, where)
+    if objective == "seq-cls":
+        fam = merge(fam, fam["seq_cls"])
+    if experts_as_linears:
+        fam = merge(fam, {"linear_kind": "linear"})
+    dims = Dimensions(text, fam, where)
+    dims.check_modelled()
+    outside = tuple(_matrices(fam["outside"], dims))
     return ModelSpec(
         name=name or _text(config, "_name_or_path") or model_type,
         hub_id=hub_id,
@@ -45,83 +52,66 @@ def model_spec(
         hidden_size=dims["hidden"],
         vocab_size=dims["vocab"],
         max_positions=dims["positions"] or None,
-        layers=layers,
+        layers=tuple(_layers(fam, dims, experts_as_linears)),
         embedding_params=dims.evaluate(fam["embeddings"]),
         token_embedding_params=dims.evaluate(fam["token_embeddings"]),
-        head=_head(fam, dims),
+        head=_head(fam["head"], dims),
         tied_head=bool(dims["tied"]),
-        final_params=dims.evaluate(fam["final"]),
-        logit_softcap=bool(config.get("final_logit_softcapping")),
-        remote_code=bool(fam.get("remote_code")),
+        final_params=dims.evaluate(fam["final"]) + sum(m.num_weights + m.num_biases for m in outside),
+        outside=outside,
+        logit_softcap=bool(text.get("final_logit_softcapping")),
+        remote_code=fam.get("remote_code", False),
+        note=TEXT_PART_NOTE if text is not config else None,
         config=config,
     )
+
+
+def _family_of(config: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str, Family]:
+    """The part of `config` that describes the text model, its model_type and its family."""
+    model_type = _model_type(config, where)
+    fam = family(model_type)
+    if "text" in fam:
+        text = config.get("text_config")
+        if not isinstance(text, Mapping):
+            raise ConfigError(f"{where}: a {model_type} config needs its text_config")
+        inherited = {"tie_word_embeddings": config["tie_word_embeddings"]} if _has_tie(config, text) else {}
+        text = {"model_type": fam["text"], **inherited, **text}
+        return text, *_family_of(text, f"{where}: text_config")[1:]
+    for key, other in fam.get("when", {}).items():
+        if key in config:
+            return config, other, family(other)
+    return config, model_type, fam
+
+
+def _has_tie(config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    return "tie_word_embeddings" in config and "tie_word_embeddings" not in text
 
 
 def _model_type(config: Mapping[str, Any], where: str) -> str:
     if not isinstance(config, Mapping):
         raise ConfigError(f"{where}: not a JSON object")
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or not model_type:
-        raise ConfigError(f"{where}: field 'model_type' is missing or not a text")
-    return model_type
+    if isinstance(model_type, str) and model_type:
+        return model_type
+    if "_class_name" in config or "_diffusers_version" in config:
+        raise NotModelledError(f"{where}: diffusion models are out of scope")
+    raise ConfigError(f"{where}: field 'model_type' is missing or not a text")
 
 
-def _text(config: Mapping[str, Any], key: str) -> str | None:
-    value = config.get(key)
-    return value if isinstance(value, str) and value else None
+def _text(config: Mapping[str, Any], *keys: str) -> str | None:
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, str) and value:
+            return value
+    return None
 
 
-class _Dims(dict[str, int]):
-    """The dimensions of one model, read and checked when first asked for."""
+class _Kind(NamedTuple):
+    """What decides a layer's shape: its mixer (full, sliding, linear), dense or moe, and whether it is late."""
 
-    def __init__(self, config: Mapping[str, Any], fam: Family, where: str) -> None:
-        super().__init__()
-        self.config, self.where = config, where
-        self._keys, self._values, self._nulls = fam["keys"], fam["values"], fam["nulls"]
-
-    def __missing__(self, name: str) -> int:
-        self[name] = value = self._read(name)
-        return value
-
-    def evaluate(self, expression: str | int) -> int:
-        """The value of an expression of families.toml; ConfigError where a division is not exact."""
-        try:
-            return evaluate(expression, self)
-        except ArithmeticError as error:
-            divisor = self._field(str(error))
-            raise ConfigError(
-                f"{self.where}: {divisor} = {self[str(error)]} doesn't divide {expression.split('/')[0]}"  # type: ignore[union-attr]
-            ) from None
-
-    def _field(self, name: str) -> str:
-        return next(iter(self._keys.get(name, ())), name)
-
-    def _read(self, name: str) -> int:
-        default = self._values.get(name)
-        for key in self._keys.get(name, ()):
-            if key not in self.config:
-                continue
-            value = self.config[key]
-            if value is None:
-                default = self._nulls.get(name, default)
-                break
-            return self._checked(key, value, default)
-        if default is None:
-            raise ConfigError(f"{self.where}: field {self._field(name)!r} is missing")
-        return self.evaluate(default)
-
-    def _checked(self, key: str, value: Any, default: Any) -> int:
-        if isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise ConfigError(f"{self.where}: field {key!r} must be true or false, not {value!r:.40}")
-            return int(value)
-        lowest = 0 if default == 0 else 1
-        if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= MAX_DIMENSION:
-            raise ConfigError(
-                f"{self.where}: field {key!r} must be a whole number from {lowest} to {MAX_DIMENSION}, "
-                f"not {value!r:.40}"
-            )
-        return value
+    mixer: str
+    feed: str
+    is_late: bool
 
 
 _MIXERS = {
@@ -130,87 +120,127 @@ _MIXERS = {
     "sliding_attention": "sliding",
     "chunked_attention": "sliding",
     "linear_attention": "linear",
+    "mamba": "linear",
 }
 
 
-def _layers(fam: Family, dims: _Dims, experts_as_linears: bool) -> Iterator[LayerSpec]:
-    count = dims["layers"]
-    if count > MAX_LAYERS:
-        raise ConfigError(f"{dims.where}: {count} layers are more than {MAX_LAYERS}")
-    kinds: dict[tuple[str, bool], int] = {}
-    for kind in zip(_mixer_kinds(fam, dims, count), _moe_layers(fam, dims, count), strict=True):
-        kinds[kind] = kinds.get(kind, 0) + 1
-    for (mixer, is_moe), times in kinds.items():
-        yield _layer(fam, dims, times, mixer, is_moe, experts_as_linears)
+def _layers(fam: Family, dims: Dimensions, experts_as_linears: bool) -> Iterator[LayerSpec]:
+    for side in fam.get("stacks", ("encoder" if fam["architecture"] == "encoder" else "decoder",)):
+        stack = {**fam, **fam.get(side, {})}
+        count = dims.require(stack["stack_layers"])
+        if count > MAX_LAYERS:
+            raise dims.error(f"{count} layers are more than {MAX_LAYERS}")
+        for kind, times in _count_kinds(stack, dims, count).items():
+            yield _layer(stack, dims, kind, times, side, experts_as_linears)
 
 
-def _mixer_kinds(fam: Family, dims: _Dims, count: int) -> list[str]:
-    listed = dims.config.get("layer_types")
-    if listed is not None and "full" in fam["blocks"]:
-        return _listed_kinds(listed, dims, count)
+def _count_kinds(fam: Family, dims: Dimensions, count: int) -> dict[_Kind, int]:
+    """How often each kind of layer occurs, in the order of their first appearance."""
+    late_from = dims.evaluate(fam["late_from"]) if fam["late_from"] != "layers" else count
+    has_experts = "moe" in fam["blocks"] and dims["experts"] > 0
+    if fam["other"] == "full" and not has_experts and late_from >= count:
+        return {_Kind("full", "dense", False): count}
+    feeds = _feeds(fam, dims, count) if has_experts else repeat("dense", count)
+    counted: dict[_Kind, int] = {}
+    for i, (mixer, feed) in enumerate(zip(_mixers(fam, dims, count), feeds, strict=True)):
+        kind = _Kind(mixer, feed, i >= late_from)
+        counted[kind] = counted.get(kind, 0) + 1
+    return counted
+
+
+def _mixers(fam: Family, dims: Dimensions, count: int) -> Iterable[str]:
     other = fam["other"]
     if other == "full" or (other == "sliding" and dims["window"] == 0):
-        return ["full"] * count
-    below, every = dims["full_below"], dims["full_every"]
-    return ["full" if i < below or (every and (i + 1) % every == 0) else other for i in range(count)]
+        return repeat("full", count)
+    for key in fam["layer_types_keys"]:
+        if dims.config.get(key) is not None:
+            return _listed_mixers(key, dims, count)
+    below, above, every = dims["full_below"], dims["full_above"], dims["full_every"]
+    return [
+        "full" if i < below or i >= above or (every and (i + 1) % every == 0) else other for i in range(count)
+    ]
 
 
-def _listed_kinds(listed: Any, dims: _Dims, count: int) -> list[str]:
-    if not isinstance(listed, list) or len(listed) < count:
-        raise ConfigError(f"{dims.where}: field 'layer_types' must list the kind of each of {count} layers")
-    unknown = [kind for kind in listed[:count] if not isinstance(kind, str) or kind not in _MIXERS]
+def _listed_mixers(key: str, dims: Dimensions, count: int) -> list[str]:
+    listed = dims.config[key]
+    if not isinstance(listed, list) or len(listed) != count:
+        raise dims.error(f"field {key!r} must list the kind of each of {count} layers")
+    unknown = [kind for kind in listed if not isinstance(kind, str) or kind not in _MIXERS]
     if unknown:
         raise NotModelledError(f"{dims.where}: layers of kind {unknown[0]!r:.40} are not modelled")
-    return [_MIXERS[kind] for kind in listed[:count]]
+    return [_MIXERS[kind] for kind in listed]
 
 
-def _moe_layers(fam: Family, dims: _Dims, count: int) -> list[bool]:
-    if "moe" not in fam["blocks"] or dims["experts"] == 0:
-        return [False] * count
+def _feeds(fam: Family, dims: Dimensions, count: int) -> list[str]:
+    """Dense or moe, layer by layer."""
+    chosen = _listed_layers(fam.get("moe_list_key"), dims)
+    if chosen:
+        return ["moe" if i in chosen else "dense" for i in range(count)]
+    dense = _listed_layers(fam.get("dense_list_key"), dims)
     below, every = dims["dense_below"], dims["moe_every"]
-    dense = dims.config.get(fam.get("dense_list_key", ""), None) or ()
-    if not isinstance(dense, list | tuple):
-        raise ConfigError(f"{dims.where}: field {fam['dense_list_key']!r} must be a list of layers")
-    return [i >= below and (i + 1) % every == 0 and i not in dense for i in range(count)]
+    return [
+        "moe" if i >= below and (i + 1) % every == 0 and i not in dense else "dense" for i in range(count)
+    ]
+
+
+def _listed_layers(key: str | None, dims: Dimensions) -> list[int]:
+    listed = dims.config.get(key) if key else None
+    if listed is None:
+        return []
+    if not isinstance(listed, list) or not all(isinstance(i, int) for i in listed):
+        raise dims.error(f"field {key!r} must be a list of layer numbers")
+    return listed
 
 
 def _layer(
-    fam: Family, dims: _Dims, count: int, mixer: str, is_moe: bool, experts_as_linears: bool
+    fam: Family, dims: Dimensions, kind: _Kind, count: int, side: str, experts_as_linears: bool
 ) -> LayerSpec:
-    blocks = fam["blocks"]
-    feed = "dense"
-    if is_moe:
-        feed = "moe_linears" if experts_as_linears and "moe_linears" in blocks else "moe"
-    mixing = block(blocks.get(mixer) or blocks["full"])
-    feeding = block(blocks[feed])
-    own = {**fam, **mixing}
+    mixing = _blocks(fam, kind, kind.mixer if kind.mixer in fam["blocks"] else "full")
+    has_linears = experts_as_linears and kind.feed == "moe" and "moe_linears" in fam["blocks"]
+    feeding = _blocks(fam, kind, "moe_linears" if has_linears else kind.feed)
+    if kind.feed == "moe" and not 1 <= dims["top_k"] <= dims["experts"]:
+        raise dims.error(f"{dims.field('top_k')} = {dims['top_k']} of {dims['experts']} experts")
+    own = {**fam, **mixing[0]}
+    heads, kv_heads = (dims.require(own.get(key, key)) for key in ("heads", "kv_heads"))
+    if kind.mixer != "linear" and heads % kv_heads:
+        raise dims.error(f"{dims.field('kv_heads')} = {kv_heads} doesn't divide {heads} attention heads")
+    matrices = tuple(m for part in (*mixing, *feeding) for m in _matrices(part["matrices"], dims))
+    vectors = [part["vectors"] for part in (*mixing, *feeding) if "vectors" in part]
     return LayerSpec(
         count=count,
-        matrices=tuple(_matrices(mixing, dims)) + tuple(_matrices(feeding, dims)),
-        norm_params=sum(
-            dims.evaluate(part)
-            for part in (fam["norms"], mixing.get("vectors", 0), feeding.get("vectors", 0))
-        ),
-        mixer="linear" if mixer == "linear" else "softmax",
-        num_heads=dims.evaluate(own.get("heads", "heads")),
-        num_kv_heads=dims.evaluate(own.get("kv_heads", "kv_heads")),
-        head_dim=dims.evaluate(own.get("head_dim", "head_dim")),
-        value_head_dim=dims.evaluate(own.get("v_head_dim", "v_head_dim")),
-        window=(dims["window"] or None) if mixer == "sliding" else None,
-        causal=fam["architecture"] != "encoder",
-        qk_norm=fam["qk_norm"],
+        matrices=matrices,
+        norm_params=sum(dims.evaluate(part) for part in (fam["norms"], *vectors)),
+        mixer="linear" if kind.mixer == "linear" else "softmax",
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dims.require(own.get("head_dim", "head_dim")),
+        value_head_dim=dims.require(own.get("v_head_dim", "v_head_dim")),
+        window=(dims["window"] or None) if kind.mixer == "sliding" else None,
+        causal=side == "decoder",
+        qk_norm=fam["qk_norm"] if kind.mixer != "linear" and dims.evaluate(fam["qk_norm_if"]) else "none",
         norm=fam["norm"],
         num_norms=fam["num_norms"],
-        mlp=fam["mlp"],
-        activation=_text(dims.config, fam["activation_key"]) or fam["activation"],
-        num_experts=dims["experts"] if is_moe else 0,
-        experts_per_token=dims["top_k"] if is_moe else 0,
-        side="encoder" if fam["architecture"] == "encoder" else "decoder",
+        mlp="gated" if any("gate" in m.role.split("_") for m in matrices) else "plain",
+        activation=_activation(fam, dims),
+        num_experts=dims["experts"] if kind.feed == "moe" else 0,
+        experts_per_token=dims["top_k"] if kind.feed == "moe" else 0,
+        side=side,
     )
 
 
-def _matrices(part: Mapping[str, Any], dims: _Dims) -> Iterator[Matrix]:
-    for entry in part["matrices"]:
+def _activation(fam: Family, dims: Dimensions) -> str:
+    name = _text(dims.config, *fam["activation_keys"]) or str(fam["activation"])
+    return name.removeprefix("gated-")
+
+
+def _blocks(fam: Family, kind: _Kind, part: str) -> list[Mapping[str, Any]]:
+    blocks = fam["blocks"]
+    late = f"late_{part}"
+    return [block(name) for name in blocks[late if kind.is_late and late in blocks else part]]
+
+
+def _matrices(entries: Iterable[Mapping[str, Any]], dims: Dimensions) -> Iterator[Matrix]:
+    for entry in entries:
         if "only" in entry and not dims.evaluate(entry["only"]):
             continue
         routed = entry.get("routed", False)
@@ -220,25 +250,22 @@ def _matrices(part: Mapping[str, Any], dims: _Dims) -> Iterator[Matrix]:
             module=path.rpartition(".")[2],
             path=path,
             role=entry["role"],
-            in_features=dims.evaluate(rows),
-            out_features=dims.evaluate(columns),
+            in_features=dims.require(rows),
+            out_features=dims.require(columns),
             bias=bool(dims.evaluate(entry.get("bias", 0))),
-            copies=dims["experts"] if routed else 1,
+            copies=dims["experts"] if routed else dims.require(entry.get("copies", 1)),
             token_share=dims["top_k"] / dims["experts"] if routed else 1.0,
-            kind=entry.get("kind", "parameter" if routed else "linear"),
+            kind=entry.get("kind", "parameter" if routed else dims.family["linear_kind"]),
         )
 
 
-def _head(fam: Family, dims: _Dims) -> Matrix | None:
-    entry = fam.get("head")
-    if not entry:
-        return None
+def _head(entry: Mapping[str, Any], dims: Dimensions) -> Matrix:
     path = entry["at"]
     return Matrix(
         module=path.rpartition(".")[2],
         path=path,
         role="head",
-        in_features=dims["hidden"],
-        out_features=dims["vocab"],
+        in_features=dims[entry.get("in", "hidden")],
+        out_features=dims[entry.get("out", "vocab")],
         bias=bool(dims.evaluate(entry["bias"])),
     )

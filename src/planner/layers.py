@@ -75,13 +75,13 @@ def adapter_params(model: ModelSpec, targets: str | Sequence[str], rank: int) ->
 def quantised_matrices(model: ModelSpec) -> list[Target]:
     """The matrices that transformers hands to bitsandbytes: nn.Linear and Conv1D but the head.
 
-    Expert parameters stay in 16 bits; so does what a model keeps in float32 (`keep_full`: T5's wo).
+    Left as they are: expert parameters, subclasses of nn.Linear, the model's last module, and what a model
+    insists to keep (T5's wo, which stays in float32). Source: transformers/integrations/bitsandbytes.py.
     """
-    keep_full = family(model.family).get("keep_full", ())
     return [
         (layer, matrix)
         for layer, matrix in all_matrices(model)
-        if _is_module(matrix) and matrix is not model.head and matrix.module not in keep_full
+        if matrix.kind in ("linear", "conv1d") and matrix is not model.head
     ]
 
 

@@ -16,8 +16,9 @@ class Matrix:
     `copies` counts equal matrices in the layer (experts); each sees `token_share` of the tokens
     (experts_per_token / num_experts for a routed expert, else 1).
     `kind`: "linear" (nn.Linear; quantised by bitsandbytes), "conv1d" (GPT-2's transposed linear; quantised
-    too), "parameter" (a bare 3-D parameter that holds all copies: experts of transformers 5; never quantised,
-    not matched by "all-linear").
+    too), "kept" (a linear module that bitsandbytes leaves as it is: a subclass of nn.Linear, T5's wo),
+    "parameter" (a bare parameter: a router's, or the 3-D one that holds all experts of transformers 5; never
+    quantised, and matched by "all-linear" only where PEFT converts the family: `layers.target_matrices`).
     """
 
     module: str
@@ -47,7 +48,8 @@ class LayerSpec:
 
     `norm_params` counts the elements that are neither a matrix nor a bias (norm weights, gates, sinks …).
     `mixer`: "softmax" (incl. multi-head latent attention, whose matrices say so), "linear" (a recurrent or
-    state-space mixer) or "none". `window` is the sliding window in tokens, None for full attention.
+    state-space mixer) or "none". `qk_norm`: "none", "head" (one weight per element of a head) or "full" (over
+    all heads). `num_norms` counts the norms on the residual stream, `side` is "encoder" or "decoder". `window` is the sliding window in tokens, None for full attention.
     """
 
     count: int
