@@ -67,6 +67,18 @@ def test_the_highest_drop_goes_first() -> None:
     assert format_table(columns, 9).splitlines()[0] == "a" * 10
 
 
+def test_prose_is_wrapped_before_a_table_becomes_a_list() -> None:
+    columns = [
+        Column(title="n", cells=("12345",), is_number=True),
+        Column(title="what", cells=("several words of prose " * 3,), is_prose=True),
+    ]
+    text = format_table(columns, 40)
+    assert max(map(len, text.splitlines())) <= 40
+    assert "-----" in text
+    assert text.split().count("prose") == 3
+    assert "-----" not in format_table(columns, 20)
+
+
 def test_numbers_are_aligned_right() -> None:
     columns = [Column(title="n", cells=("7", "1234"), is_number=True), Column(title="w", cells=("x", "y"))]
     assert format_table(columns).splitlines()[2] == "   7  x"

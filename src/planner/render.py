@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+MIN_PROSE_WIDTH = 24
+"""Cells; prose in a narrower column is harder to read than a list."""
 _SEPARATOR_WIDTH = 2
 _COLORS = {
     "good": "\x1b[32m",
@@ -26,18 +28,19 @@ _BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
     """One column of a table. Where the terminal is too narrow, those with the highest `drop` go first;
-    a column with `drop` 0 stays. Numbers are aligned right, words left.
+    a column with `drop` 0 stays. Numbers are aligned right, words left; a column of prose may be wrapped.
     """
 
     title: str
     cells: tuple[str, ...]
     is_number: bool = False
+    is_prose: bool = False
     drop: int = 0
 
     @property
     def width(self) -> int:
         """Terminal cells of the widest entry."""
-        return max(display_width(text) for text in (self.title, *self.cells))
+        return max(display_width(line) for text in (self.title, *self.cells) for line in text.split("\n"))
 
 
 def terminal_width() -> int | None:
@@ -70,19 +73,35 @@ def display_width(text: str) -> int:
 def format_table(columns: Sequence[Column], width: int | None = None) -> str:
     """The columns as a table at most `width` cells wide (None: as wide as needed).
 
-    Where even the columns that can't be dropped are too wide, each row becomes a list of `title: cell`.
+    Where even the columns that can't be dropped are too wide, prose is wrapped; if that doesn't help either,
+    each row becomes a list of titles and cells.
     """
     kept = list(columns)
     while width is not None and _table_width(kept) > width:
         droppable = [column for column in kept if column.drop > 0]
         if not droppable:
-            return _format_list(columns)
+            narrow = _narrow_prose(kept, _table_width(kept) - width)
+            return _tabulate(narrow) if narrow else _format_list(columns)
         kept.remove(max(droppable, key=lambda column: column.drop))
     return _tabulate(kept)
 
 
 def _table_width(columns: Sequence[Column]) -> int:
     return sum(c.width for c in columns) + _SEPARATOR_WIDTH * (len(columns) - 1)
+
+
+def _narrow_prose(columns: Sequence[Column], excess: int) -> list[Column] | None:
+    """The columns with the prose wrapped so that the table is `excess` cells narrower; None if that can't be."""
+    prose = [c for c in columns if c.is_prose and c.width - excess >= MIN_PROSE_WIDTH]
+    if not prose:
+        return None
+    chosen = prose[0]
+    cells = tuple(wrap(text, chosen.width - excess) for text in chosen.cells)
+    narrow = [replace(c, cells=cells) if c is chosen else c for c in columns]
+    is_narrow = (
+        max(display_width(line) for text in cells for line in text.splitlines()) <= chosen.width - excess
+    )
+    return narrow if is_narrow else None
 
 
 def _tabulate(columns: Sequence[Column]) -> str:

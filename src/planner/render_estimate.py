@@ -1,0 +1,196 @@
+"""An Estimate or a Plan as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from planner.render import format_bars, format_facts, paint, wrap
+from planner.results import ALLOCATED_TERMS, Estimate, Fit, Memory, Plan, Rejected, Time
+from planner.setup import TrainSetup
+from planner.units import format_bytes, format_count, format_duration
+
+VERDICT_TONES = {"fits": "good", "tight": "doubtful", "does-not-fit": "bad"}
+MAX_REJECTED = 8
+"""Alternatives shown to people; --json has all."""
+
+
+def describe_fit(fit: Fit) -> str:
+    """The verdict in a few words: "fits, 6.1 GiB free", "tight 81 %", "short by 3.2 GiB".
+
+    The percentage of a tight verdict is the probability that the run does not run out of memory.
+    """
+    if fit.headroom_bytes is None:
+        return fit.verdict
+    if fit.verdict == "fits":
+        return f"fits, {format_bytes(fit.headroom_bytes)} free"
+    if fit.verdict == "tight" and fit.probability is not None:
+        return f"tight {1 - fit.probability:.0%}".replace("%", " %")
+    return f"short by {format_bytes(-fit.headroom_bytes)}" if fit.headroom_bytes < 0 else fit.verdict
+
+
+def describe_method(setup: TrainSetup) -> str:
+    """The method with what decides its size.
+
+    >>> describe_method(TrainSetup(method="qlora", rank=8))
+    'qlora (rank 8 on all-linear, nf4-double)'
+    """
+    if not setup.uses_adapters:
+        return setup.method
+    targets = setup.targets if isinstance(setup.targets, str) else ", ".join(setup.targets)
+    quant = f", {setup.quant}" if setup.quant else ""
+    return f"{setup.method} (rank {setup.rank} on {targets}{quant})"
+
+
+def describe_precision(setup: TrainSetup) -> str:
+    """The precision recipe in words."""
+    parts = [f"{setup.weights_dtype} weights"]
+    if setup.autocast:
+        parts.append(f"{setup.autocast} autocast")
+    if setup.master_weights != "none":
+        parts.append(f"{setup.master_weights} master weights")
+    return ", ".join(parts)
+
+
+def describe_batch(setup: TrainSetup) -> str:
+    """Batch and length in words."""
+    accumulation = f" x {setup.grad_accum_steps} accumulated" if setup.grad_accum_steps > 1 else ""
+    packing = ", packed" if setup.packing else ""
+    return f"{setup.micro_batch_size}{accumulation}, {setup.seq_len} tokens each{packing}"
+
+
+def describe_step(setup: TrainSetup) -> str:
+    """What else decides the memory of a step."""
+    parts = [
+        setup.optimizer + (" in the backward" if setup.optimizer_in_backward else ""),
+        f"{setup.checkpointing} checkpointing",
+        f"{setup.attention} attention",
+        f"{setup.loss} loss",
+    ]
+    if setup.kernels != "plain":
+        parts.append(f"{setup.kernels} kernels")
+    if setup.num_gpus > 1:
+        parts.append(f"{setup.sharding} over {setup.num_gpus} GPUs")
+    if setup.offload != "none":
+        parts.append(f"{setup.offload} offloaded")
+    return ", ".join(parts)
+
+
+def format_estimate(estimate: Estimate, width: int | None = None) -> str:
+    """Setup, verdict, memory by phase and by term, time, and what stands behind them."""
+    parts = [
+        format_facts(_setup_facts(estimate), width),
+        _format_verdict(estimate),
+        _format_phases(estimate.memory, width),
+        _format_terms(estimate.memory, width),
+        _format_rest(estimate, width),
+        format_notes(estimate, width),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _setup_facts(estimate: Estimate) -> list[tuple[str, str]]:
+    setup = estimate.setup
+    return [
+        ("model", setup.model_label),
+        ("method", f"{describe_method(setup)}; {describe_precision(setup)}"),
+        ("batch", describe_batch(setup)),
+        ("step", describe_step(setup)),
+        ("GPU", estimate.gpu),
+    ]
+
+
+def _format_verdict(estimate: Estimate) -> str:
+    fit, memory = estimate.fit, estimate.memory
+    verdict = paint(describe_fit(fit), VERDICT_TONES.get(fit.verdict, "dim"))
+    needs = f"needs {format_bytes(memory.peak_reserved_bytes)}"
+    if fit.usable_bytes is not None:
+        needs += f" of the {format_bytes(fit.usable_bytes)} that the card can give"
+    odds = "" if fit.probability is None else f"; {_percent(fit.probability)} chance of running out"
+    return f"{verdict}  ({needs}{odds})"
+
+
+def _percent(share: float) -> str:
+    if share < 0.01:
+        return "under 1 %"
+    return "over 99 %" if share > 0.99 else f"{100 * share:.0f} %"
+
+
+def _format_phases(memory: Memory, width: int | None) -> str:
+    phases = {name: value for name, value in memory.phases.items() if value > 0}
+    text = {name: format_bytes(value) for name, value in phases.items()}
+    title = paint("Allocated at the peak of each phase", "strong")
+    return f"{title}\n{format_bars(phases, text, width)}"
+
+
+def _format_terms(memory: Memory, width: int | None) -> str:
+    """The terms at the highest moment, and the three sums that other tools show."""
+    terms = {name: memory.terms[name] for name in ALLOCATED_TERMS if memory.terms[name] > 0}
+    text = {name: format_bytes(value) for name, value in terms.items()}
+    title = paint(f"What fills it at the highest moment ({memory.peak_phase})", "strong")
+    sums = [
+        ("torch, allocated", format_bytes(memory.peak_allocated_bytes)),
+        (
+            f"  + fragmentation {format_bytes(memory.terms['fragmentation'])} = torch, reserved",
+            format_bytes(memory.peak_reserved_bytes),
+        ),
+        (
+            f"  + context {format_bytes(memory.terms['context'])} = nvidia-smi",
+            format_bytes(memory.device_used_bytes),
+        ),
+    ]
+    if memory.device_used_bytes == memory.peak_allocated_bytes:
+        sums = sums[:1]
+    return f"{title}\n{format_bars(terms, text, width)}\n\n{format_facts(sums, width)}"
+
+
+def _format_rest(estimate: Estimate, width: int | None) -> str:
+    memory = estimate.memory
+    facts = [
+        ("host memory", format_bytes(memory.host_bytes)),
+        ("disk", format_bytes(memory.disk_bytes)),
+    ]
+    if estimate.time is not None:
+        facts += [("time per optimizer step", describe_time(estimate.time))]
+    return format_facts(facts, width)
+
+
+def describe_time(time: Time) -> str:
+    """Step time with its interval, and the rate."""
+    interval = f"{format_duration(time.low_step_s)} to {format_duration(time.high_step_s)}"
+    rate = f"{format_count(time.tokens_per_s)} tokens/s"
+    return f"{format_duration(time.step_s)} ({interval}), {rate}"
+
+
+def format_notes(estimate: Estimate, width: int | None) -> str:
+    """Warnings, what is assumed and what is left out."""
+    groups = (
+        ("warning", "doubtful", estimate.warnings),
+        ("assumed", "dim", estimate.assumptions),
+        ("not modelled", "dim", estimate.not_modelled),
+    )
+    lines = [
+        paint(wrap("; ".join(notes), width, first=f"{title}: ", rest="  "), tone)
+        for title, tone, notes in groups
+        if notes
+    ]
+    return "\n".join(lines)
+
+
+def format_plan_answer(plan: Plan, width: int | None = None) -> str:
+    """The chosen configuration, why, and what was rejected."""
+    parts = [format_estimate(plan.estimate, width)]
+    if plan.reasons:
+        parts.append(f"{paint('Why', 'strong')}\n{_bullets(plan.reasons, width)}")
+    if plan.rejected:
+        shown = [_describe_rejected(r) for r in plan.rejected[:MAX_REJECTED]]
+        parts.append(f"{paint('Rejected', 'strong')}\n{_bullets(shown, width)}")
+    return "\n\n".join(parts)
+
+
+def _describe_rejected(rejected: Rejected) -> str:
+    short = f"{format_bytes(rejected.short_by_bytes)} short" if rejected.short_by_bytes > 0 else ""
+    return f"{rejected.label}: " + ", ".join(part for part in (short, rejected.reason) if part)
+
+
+def _bullets(lines: Iterable[str], width: int | None) -> str:
+    return "\n".join(wrap(line, width, first="  - ", rest="    ") for line in lines)
