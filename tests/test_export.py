@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import planner.export
 from planner.errors import SetupError, UnknownNameError
 from planner.export import find_format, formats
 from planner.methods import methods
@@ -80,7 +81,7 @@ def sft_arguments(setup: TrainSetup) -> dict[str, object]:
 
 
 def test_the_folder_is_the_registry():
-    files = {p.stem for p in Path("src/planner/export").glob("[a-z]*.py")}
+    files = {p.stem for p in Path(planner.export.__file__).parent.glob("[a-z]*.py")}
     assert set(FORMAT_NAMES) == files
     assert all(form.summary for form in formats())
 
