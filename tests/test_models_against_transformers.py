@@ -56,15 +56,16 @@ def test_the_sliding_layers_are_those_of_the_real_config(config):
     values = {key: value for key, value in config.items() if key != "model_type"}
     real = transformers.AutoConfig.for_model(config["model_type"], **values)
     kinds = Counter(getattr(real, "layer_types", None) or ())
-    if not kinds:
-        pytest.skip("one kind of layer")
     ours = Counter()
     for layer in model_spec(config).layers:
         ours["linear" if layer.mixer == "linear" else "sliding" if layer.window else "full"] += layer.count
     sliding = kinds["sliding_attention"] + kinds["chunked_attention"]
     linear = kinds["linear_attention"] + kinds["mamba"]
     full = sum(kinds.values()) - sliding - linear
-    assert ours == Counter(linear=linear, sliding=sliding, full=full)
+    if kinds:
+        assert ours == Counter(linear=linear, sliding=sliding, full=full)
+    else:
+        assert len(ours) == 1
 
 
 @every_config
@@ -110,23 +111,31 @@ def test_a_classifier_has_the_real_head(model_type):
     assert differences(real, spec_shapes(model_spec(config, objective="seq-cls"))) == []
 
 
+MLP_NAMES = ["gate_proj", "up_proj", "down_proj"]
+
+
 @pytest.mark.parametrize(
-    "targets", [["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"], ["o_proj", "gate"]]
-)
-@pytest.mark.parametrize(
-    "model_type", ["llama", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss"]
+    ("model_type", "targets"),
+    [
+        ("llama", ["q_proj", "v_proj"]),
+        ("llama", ["self_attn.o_proj", *MLP_NAMES]),
+        ("mixtral", ["q_proj", "w1", "w2", "w3"]),
+        ("mixtral", ["o_proj", "gate"]),
+        ("qwen2_moe", MLP_NAMES),
+        ("qwen3_moe", MLP_NAMES),
+        ("qwen3_moe", ["q_proj", "gate"]),
+        ("deepseek_v3", ["q_a_proj", *MLP_NAMES]),
+        ("gpt_oss", ["q_proj", "k_proj"]),
+        ("bert", ["query", "output.dense"]),
+        ("t5", ["q", "v"]),
+    ],
 )
 def test_names_adapt_what_peft_adapts(model_type, targets):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from planner.errors import SetupError
-
     config = first_config(model_type)
-    try:
-        ours = adapter_params(model_spec(config), targets, 3)
-    except SetupError:
-        pytest.skip("this model has no such module")
     with torch.device("meta"):
         adapted = get_peft_model(build_real(config), LoraConfig(r=3, target_modules=targets))
-    assert ours == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert adapter_params(model_spec(config), targets, 3) == trainable
