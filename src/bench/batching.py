@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
     """
     bits = np.random.Philox(key=[seed, epoch]).random_raw(num_rows)
     return [int(number) for number in np.argsort(bits, kind="stable")]
+
+
+_recent_order = functools.lru_cache(maxsize=2)(epoch_order)
 
 
 def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
@@ -103,7 +107,7 @@ class BatchPlan:
         """
         epoch, step_in_epoch = divmod(step, self.num_steps_per_epoch)
         global_size = self.micro_batch_size * self.grad_accum_steps
-        order = epoch_order(len(self.rows), self.seed, epoch)
+        order = _recent_order(len(self.rows), self.seed, epoch)
         chosen = order[step_in_epoch * global_size : (step_in_epoch + 1) * global_size]
         size = self.micro_batch_size
         return [chosen[at : at + size] for at in range(0, len(chosen), size)]

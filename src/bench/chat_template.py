@@ -24,7 +24,7 @@ Span = tuple[int, int]
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
 )
@@ -32,6 +32,9 @@ PLAIN_TEMPLATE = (
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = "TURNPLACEHOLDER"
+
+
+_LOST = "the answers can't be found in what the chat template writes"
 
 
 class TemplateError(Exception):
@@ -136,7 +139,9 @@ def _answer_in(through: str, prompt: str, placed: str, *, has_prompt: bool) -> S
     It ends with the content, or at the very end where the template rewrote that. It begins with the content
     where the template has no generation prompt, so that the turn's heading is no answer.
     """
-    head, _, tail = placed.partition(_PLACEHOLDER)
+    head, found, tail = placed.partition(_PLACEHOLDER)
+    if not found:
+        raise TemplateError(_LOST)
     if not (through.startswith(head) and through.endswith(tail) and len(head) + len(tail) < len(through)):
         return len(prompt), len(through)
     return len(prompt) if has_prompt else len(head), len(through) - len(tail)
@@ -158,7 +163,6 @@ def _find_by_search(tokenizer: Any, turns: Sequence[dict[str, str]]) -> _Found |
     return text, spans
 
 
-_LOST = "the answers can't be found in what the chat template writes"
 _FORMS: tuple[Callable[[str], str], ...] = (
     lambda content: content,
     str.strip,

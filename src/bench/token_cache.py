@@ -22,6 +22,9 @@ from planner.files import write_atomically
 _LAYOUT = 1
 """Changes with what tokenising does or what the file holds, so that old files are never read as new ones."""
 
+_ABOUT = "finefit"
+"""One key of metadata: safetensors writes several in no fixed order."""
+
 
 def tokenize_file(
     path: str | Path, tokenizer: Any, *, seq_len: int, objective: str = "sft", cache_dir: Path | None = None
@@ -78,13 +81,13 @@ def _pack(tokenized: Tokenized, key: str) -> bytes:
         "labels": _join([example.labels for example in examples]),
         "num_tokens": np.array([example.num_tokens for example in examples], dtype=np.int64),
     }
-    metadata = {
+    about = {
         "key": key,
         "sha256": _arrays_sha256(arrays),
-        "facts": json.dumps(asdict(tokenized.facts)),
-        "groups": json.dumps([example.group for example in examples]),
+        "facts": asdict(tokenized.facts),
+        "groups": [example.group for example in examples],
     }
-    content: bytes = save(arrays, metadata)
+    content: bytes = save(arrays, {_ABOUT: json.dumps(about)})
     return content
 
 
@@ -92,17 +95,17 @@ def _unpack(path: Path, key: str) -> Tokenized:
     from safetensors import safe_open
 
     with safe_open(path, framework="np") as file:
-        metadata = file.metadata()
+        about = json.loads(file.metadata()[_ABOUT])
         arrays = {name: file.get_tensor(name) for name in ("input_ids", "labels", "num_tokens")}
-    if metadata["key"] != key or metadata["sha256"] != _arrays_sha256(arrays):
+    if about["key"] != key or about["sha256"] != _arrays_sha256(arrays):
         raise ValueError("its content is not what was written")
     borders = np.cumsum(arrays["num_tokens"])[:-1]
     ids, labels = (np.split(arrays[name], borders) for name in ("input_ids", "labels"))
     examples = [
         Example(input_ids=i, labels=la, group=group)
-        for i, la, group in zip(ids, labels, json.loads(metadata["groups"]), strict=True)
+        for i, la, group in zip(ids, labels, about["groups"], strict=True)
     ]
-    facts = json.loads(metadata["facts"])
+    facts = about["facts"]
     return Tokenized(examples=examples, facts=TokenFacts(**{**facts, "spans": tuple(facts["spans"])}))
 
 
