@@ -1,1 +1,13 @@
-"""The training step on fake tensors, and the replay of the CUDA caching allocator."""
+"""The training step on fake tensors, and the replay of the CUDA caching allocator.
+
+`bench.trace.run.trace(setup)` runs bench.step.TrainStep, the same that `finefit train` runs, on tensors that have
+shapes and storages but no data: no GPU, no weights. How:
+
+    fakes      the model, built on the meta device, with every tensor replaced by an empty fake one
+    tracker    every storage that an operator makes is recorded until the last tensor lets go of it
+    cuda       what CUDA would do where the CPU does something else: attention kernels, dropout, autocast
+    stacks     what older library versions do otherwise
+    recording  what was alive when, by category, module and phase (no torch)
+    depth      peaks of a deep model from two shallow ones
+    replay     the recorded allocations through the rules of CUDA's caching allocator (no torch)
+"""

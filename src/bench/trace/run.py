@@ -1,0 +1,285 @@
+"""Trace one setup: run its training step on fake tensors and say what was alive when."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.build import build_model, inner_model, load_config
+from bench.optim import build_optimizer
+from bench.step import TrainStep
+from bench.trace.cuda import WORKSPACES, cuda_rules
+from bench.trace.depth import Depths, PhasePeak, choose_depths, layer_kinds, phase_peaks, shallow_config
+from bench.trace.fakes import fill_with_fakes, quantised_tensors
+from bench.trace.recording import CUDA_ROUNDING_BYTES, HOST, Recording, Storage
+from bench.trace.stacks import apply_stack, stack_loss
+from bench.trace.tracker import Tracker, layer_numbers
+from planner.optimizers import find_optimizer
+from planner.setup import TrainSetup
+
+NUM_STEPS = 2
+"""Optimizer states appear in the first step; the second one is the steady state."""
+MAX_MICRO_BATCHES = 2
+"""From the second micro-batch on, gradients are there; more change nothing."""
+NUM_LARGEST = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveTensor:
+    """A storage that is alive at a peak, and what made it."""
+
+    num_bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    category: str
+    op: str
+    module: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceResult:
+    """What the traced step needs per GPU, in bytes of torch's allocator, without library workspaces.
+
+    `phases` holds each phase's peak for the real number of layers. `recordings` are of all layers, or of the two
+    shallow models that `depths` names; `largest` and `operator` are taken from the deepest of them.
+    """
+
+    phases: Mapping[str, PhasePeak]
+    largest: tuple[LiveTensor, ...]
+    operator: str
+    module: str
+    depths: Depths
+    recordings: tuple[Recording, ...]
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda name: self.phases[name].num_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest peak."""
+        return self.phases[self.peak_phase].num_bytes
+
+    @property
+    def terms(self) -> Mapping[str, int]:
+        """Bytes by category at the highest peak."""
+        return self.phases[self.peak_phase].terms
+
+    @property
+    def timeline(self) -> Recording:
+        """Every allocation of the deepest traced model."""
+        return self.recordings[-1]
+
+
+def trace(setup: TrainSetup, *, on_gpu: bool = True, all_layers: bool = False) -> TraceResult:
+    """Trace two optimizer steps of `setup` on one rank.
+
+    `on_gpu`: allocate as CUDA would; False: as this CPU's own kernels do. `all_layers` traces the whole depth;
+    otherwise two shallow models stand for it.
+    Raises what bench.build.build_model raises, and SetupError for an unknown optimizer.
+    """
+    find_optimizer(setup.optimizer)
+    with _quiet():
+        config = load_config(setup, None)
+        depths = _depths(setup, config)
+        if all_layers:
+            depths = Depths(depths.num_layers, None)
+        layers = depths.shallow or (depths.num_layers,)
+        recordings = tuple(record(_with_layers(setup, config, n, depths), on_gpu=on_gpu) for n in layers)
+    phases = phase_peaks(recordings, depths, NUM_STEPS)
+    phases |= {p: v for p, v in phase_peaks(recordings, depths, 0).items() if p == "load"}
+    phases = {name: phases[name] for name in _REPORTED if name in phases}
+    highest = max(phases.values(), key=lambda peak: peak.num_bytes)
+    deepest = recordings[-1]
+    alive = deepest.live_at(highest.at)
+    newest = deepest.storages[deepest.events[highest.at]]
+    return TraceResult(
+        phases=phases,
+        largest=tuple(_live_tensor(deepest, s) for s in alive[:NUM_LARGEST]),
+        operator=newest.op,
+        module=newest.module,
+        depths=depths,
+        recordings=recordings,
+    )
+
+
+_REPORTED = ("load", "forward", "loss", "backward", "optimizer", "save", "eval")
+
+
+def _live_tensor(recording: Recording, storage: Storage) -> LiveTensor:
+    return LiveTensor(
+        num_bytes=recording.size(storage),
+        shape=storage.shape,
+        dtype=storage.dtype,
+        category=recording.category(storage),
+        op=storage.op,
+        module=storage.module,
+    )
+
+
+def _depths(setup: TrainSetup, config: Any) -> Depths:
+    """The kinds of layers of the whole model decide; an encoder-decoder is traced whole."""
+    plain = setup.with_(method="full", quant=None, checkpointing="none", optimizer_in_backward=False)
+    model = build_model(plain, meta=True)
+    numbers = layer_numbers(model, [name for name, _ in model.named_modules()])
+    kinds = layer_kinds(model, numbers)
+    if config.is_encoder_decoder or len(kinds) != _num_layers(config):
+        return Depths(len(kinds), None)
+    return choose_depths(kinds)
+
+
+def _num_layers(config: Any) -> int:
+    text = config.get_text_config()
+    return int(getattr(text, "num_hidden_layers", 0))
+
+
+def _with_layers(setup: TrainSetup, config: Any, num_layers: int, depths: Depths) -> TrainSetup:
+    if num_layers == depths.num_layers:
+        return setup
+    text = config.get_text_config()
+    key = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    values = shallow_config(config.to_dict(), num_layers, depths.num_layers, key)
+    return setup.with_(model=values)
+
+
+def record(setup: TrainSetup, *, on_gpu: bool) -> Recording:
+    """Run two optimizer steps, an evaluation of one batch and the moment of saving on fake tensors."""
+    model = build_model(setup, meta=True)
+    apply_stack(setup, model)
+    tracker = Tracker(
+        answer=not (setup.packing and setup.attention != "flash"),
+        workspaces=WORKSPACES if on_gpu else {},
+    )
+    with _fake_step(setup, tracker, on_gpu):
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes, tracker:
+            tracker.begin("load")
+            fill_with_fakes(model)
+            _mark_weights(tracker, setup, model)
+        # An 8-bit optimizer computes its code books when it is built.
+        with tracker:
+            tracker.begin("build")
+            optimizer = build_optimizer(setup, model)
+        if on_gpu:
+            _choose_foreach(optimizer)
+        tracker.watch(model)
+        step = TrainStep(setup, model, optimizer, phase=tracker.phase)
+        step.loss = stack_loss(setup, model) or step.loss
+        with fakes, tracker:
+            _run(step, tracker, setup)
+            _mark_paged(tracker, setup, optimizer)
+    config = inner_model(model).config.get_text_config()
+    return tracker.recording(
+        vocab_size=config.vocab_size,
+        num_layers=1 + max(layer_numbers(model, [n for n, _ in model.named_modules()]).values(), default=-1),
+        rounding_bytes=CUDA_ROUNDING_BYTES if on_gpu else 1,
+    )
+
+
+def _run(step: TrainStep, tracker: Tracker, setup: TrainSetup) -> None:
+    num_micro_batches = min(setup.grad_accum_steps, MAX_MICRO_BATCHES)
+    num_trained = setup.tokens_per_micro_batch * num_micro_batches
+    for tracker.step in range(1, NUM_STEPS + 1):
+        tracker.begin("batch")
+        batches = [fake_batch(setup, setup.micro_batch_size) for _ in range(num_micro_batches)]
+        step(batches, num_trained_tokens=num_trained)
+        del batches
+    tracker.begin("save")
+    # Something must be allocated for a moment to be seen.
+    torch.empty(0)
+    tracker.begin("eval")
+    step.phase = _no_phase
+    step.model.eval()
+    with torch.no_grad():
+        rows = setup.eval_batch_size or setup.micro_batch_size
+        step.forward(fake_batch(setup, rows), rows * setup.seq_len)
+
+
+def _no_phase(name: str) -> Any:
+    return nullcontext()
+
+
+def fake_batch(setup: TrainSetup, num_rows: int) -> dict[str, torch.Tensor]:
+    """What bench.batching.collate makes of rows without padding: int64 [num_rows, seq_len].
+
+    Hugging Face's collators, which a named stack stands for, give no positions.
+    """
+    names = ["input_ids", "labels"] + ([] if setup.stack else ["position_ids"])
+    return {name: torch.empty((num_rows, setup.seq_len), dtype=torch.int64) for name in names}
+
+
+def _mark_weights(tracker: Tracker, setup: TrainSetup, model: nn.Module) -> None:
+    for tensor in [*model.buffers(), *quantised_tensors(model)]:
+        tracker.mark(tensor, "weights")
+    for parameter in model.parameters():
+        trains_adapter = setup.uses_adapters and parameter.requires_grad
+        tracker.mark(parameter, "adapters" if trains_adapter else "weights")
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_grad_marker(tracker))
+
+
+def _grad_marker(tracker: Tracker) -> Any:
+    def hook(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        tracker.mark(parameter.grad, "gradients")
+
+    return hook
+
+
+def _choose_foreach(optimizer: Any) -> None:
+    """torch's optimizers take all tensors at once by default on CUDA, one by one on the CPU."""
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = True
+
+
+def _mark_paged(tracker: Tracker, setup: TrainSetup, optimizer: Any) -> None:
+    """States of large tensors are in managed memory, which the allocator doesn't see."""
+    rule = find_optimizer(setup.optimizer)
+    for inner in getattr(optimizer, "optimizers", [getattr(optimizer, "inner", optimizer)]):
+        for parameter, state in inner.state.items():
+            for name in ("state1", "state2"):
+                if rule.is_on_host(parameter.numel()) and name in state:
+                    tracker.mark(state[name], HOST)
+
+
+@contextmanager
+def _fake_step(setup: TrainSetup, tracker: Tracker, on_gpu: bool) -> Iterator[None]:
+    """Everything that must be changed around a traced step, and is changed back."""
+    with ExitStack() as stack:
+        if on_gpu:
+            stack.enter_context(cuda_rules(autocast=setup.autocast is not None))
+        # transformers builds masks for fake tensors that it wouldn't build for real ones.
+        stack.enter_context(mock.patch.object(transformers.masking_utils, "is_tracing", _never))
+        # When the collector runs must not decide what is alive.
+        gc.collect()
+        gc.disable()
+        stack.callback(gc.enable)
+        yield
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers and PEFT warn about what a real run should heed, not a trace."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
