@@ -300,3 +300,19 @@ def test_losses_are_those_of_transformers_trainer(tmp_path: Any) -> None:
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert own == pytest.approx(theirs, abs=2e-4)
+
+
+@pytest.mark.parametrize("quant", ["nf4-double", "fp4", "int8"])
+def test_an_evaluation_before_training_changes_no_step(quant: str) -> None:
+    setup = tiny_setup(method="qlora", quant=quant, weights_dtype="bfloat16")
+    batch = random_batch()
+
+    def losses_after(evaluates: bool) -> list[float]:
+        model = build_model(setup)
+        if evaluates:
+            with torch.no_grad():
+                model.eval()(input_ids=batch["input_ids"])
+            model.train()
+        return train_losses(TrainStep(setup, model, build_optimizer(setup, model)))
+
+    assert losses_after(True) == losses_after(False)

@@ -94,6 +94,8 @@ def build_model(
     # A scratch folder may hold a config alone; its weights, if any, are not wanted.
     source = None if setup.from_scratch or meta else weights
     model = _base_model(setup, config, source, torch.device("meta") if meta else torch.device(device), meta)
+    if setup.quant:
+        _keep_trainable(model)
     if setup.quant and setup.kbit_upcast:
         _upcast_unquantised(model)
     model = add_adapters(setup, model, meta=meta)
@@ -176,6 +178,17 @@ def _pack(replaced: Any, linear: Any, device: torch.device) -> None:
     replaced.weight = type(empty)(weight.contiguous().cpu(), requires_grad=False, **options).to(device)
     if linear.bias is not None:
         replaced.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+
+
+def _keep_trainable(model: nn.Module) -> None:
+    """Forbid bitsandbytes to repack 4-bit weights for inference on CPUs with avx512_bf16.
+
+    The first forward in evaluation mode would, for good, and no gradient passes through repacked weights: training
+    after an evaluation would leave the layers below untrained, without an error (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _upcast_unquantised(model: nn.Module) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from bench.batching import BatchPlan, collate, num_real_tokens, num_trained_tokens
-from bench.data import Example, split, tokenize_file
+from bench.data import Example, TokenFacts, split
+from bench.token_cache import tokenize_file
 from planner.errors import DataError, SetupError
 from planner.setup import TrainSetup
 
@@ -64,8 +65,7 @@ def load_run_data(setup: TrainSetup, tokenizer: Any) -> RunData:
     """Read, tokenise, split and order the setup's data. Raises DataError, or SetupError where it names none."""
     if not setup.data:
         raise SetupError("data", "training needs a file: set data in the plan, or --set data=FILE")
-    path = Path(setup.data)
-    tokenized = tokenize_file(path, tokenizer, seq_len=setup.seq_len, objective=setup.objective)
+    tokenized = tokenize_file(setup.data, tokenizer, seq_len=setup.seq_len, objective=setup.objective)
     return run_data(setup, tokenized.examples, pad_id=tokenizer.pad_token_id, facts=_plain(tokenized.facts))
 
 
@@ -104,5 +104,7 @@ def _fingerprint(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _plain(facts: Any) -> dict[str, Any]:
-    return {name: getattr(facts, name) for name in facts.__slots__}
+def _plain(facts: TokenFacts) -> dict[str, Any]:
+    """As JSON would give it back, so that a summary equals itself read from disk."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(facts)))
+    return plain

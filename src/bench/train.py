@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -18,9 +17,11 @@ from typing import Any
 import torch
 
 from bench.artifact import verify_artifact, write_artifact
-from bench.build import build_model, check_runnable
+from bench.build import build_model, check_runnable, inner_model
+from bench.data import check_vocabulary
 from bench.loss import check_head
 from bench.metrics import memory_peaks
+from bench.quiet import quiet_libraries
 from bench.run import Run
 from bench.rundata import RunData, load_run_data
 from bench.runfolder import RunFolder
@@ -35,8 +36,6 @@ STACK = ("finefit", "torch", "transformers", "peft", "accelerate", "bitsandbytes
 _WARMUP_STEPS = 2
 """Steps that `measured` leaves out: memory is allocated and kernels are chosen in them."""
 _PROBE_TOKENS = 64
-_HARMLESS_WARNINGS = ("Failed to load CPU gemm_4bit_forward", "Paged optimizers are not supported on CPU")
-"""bitsandbytes' words about faster paths that this machine doesn't have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +93,7 @@ def train(
     SIGTERM or SIGINT stopped it after a checkpoint; UnsavedRunError (143) when none could be written.
     """
     plan = PlanFile(setup=plan) if isinstance(plan, TrainSetup) else plan
+    quiet_libraries()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_runnable(plan.setup, place)
     with RunFolder(out_dir, plan, resume=resume, allow_changes=allow_changes) as folder:
@@ -130,11 +130,10 @@ def _prepare(
     eval_every_steps: int | None,
 ) -> Run:
     """Data first, because its faults are found in seconds; then the model."""
-    for message in _HARMLESS_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
     tokenizer = load_tokenizer(setup)
     data = load_run_data(setup, tokenizer)
     model = build_model(setup, weights=_weights(setup), device=device)
+    check_vocabulary(tokenizer, inner_model(model).get_input_embeddings().num_embeddings)
     if setup.loss != "full":
         check_head(model)
     return Run(
