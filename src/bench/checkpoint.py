@@ -20,9 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from bench.build import trained_parameters
 from planner.errors import FinefitError
 from planner.units import format_bytes
 
@@ -83,9 +81,8 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, notes
 
 
-def load_weights(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    """Copy saved weights into the model's trained parameters. Raises FinefitError when they don't match."""
-    parameters = trained_parameters(model)
+def load_weights(parameters: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy saved weights into a model's trained parameters. Raises FinefitError when they don't match."""
     wrong = sorted(set(parameters) ^ set(saved)) or [
         name for name, p in parameters.items() if p.shape != saved[name].shape
     ]

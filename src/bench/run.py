@@ -234,7 +234,7 @@ class Run:
                 f"{self.setup.data} is not what it was when {checkpoint.path} was written; put the old data back, "
                 "choose another --out, or allow the changes"
             )
-        load_weights(self.model, checkpoint.weights)
+        load_weights(trained_parameters(self.model), checkpoint.weights)
         self.optimizer.load_state_dict(_mutable(state["optimizer"]))
         if self.train_step.scaler is not None and state["scaler"]:
             self.train_step.scaler.load_state_dict(state["scaler"])
