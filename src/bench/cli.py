@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,12 @@ from planner import __version__
 from planner.cli import COMMANDS as PLANNER_COMMANDS
 from planner.cli_options import Session
 from planner.errors import FinefitError, MissingExtraError
+
+if TYPE_CHECKING:
+    from planner.results import Estimate
+    from planner.search import DataLengths
+    from planner.setup import TrainSetup
+    from planner.specs import Machine
 
 INTERRUPTED_EXIT = 130
 """Stopped from the keyboard (128 + SIGINT), the shells' convention."""
@@ -146,19 +152,19 @@ def _session() -> Session:
     return Session(local_machine=_local_machine, token_lengths=_token_lengths, trace=_trace)
 
 
-def _local_machine() -> Any:
+def _local_machine() -> Machine:
     from bench.machine import local_machine
 
     return local_machine()
 
 
-def _token_lengths(*args: Any, **kwargs: Any) -> Any:
-    from bench.data import token_lengths
+def _token_lengths(wishes: Mapping[str, Any]) -> tuple[DataLengths | None, str | None]:
+    from bench.lengths import row_lengths
 
-    return token_lengths(*args, **kwargs)
+    return row_lengths(wishes)
 
 
-def _trace(*args: Any, **kwargs: Any) -> Any:
-    from bench.trace import trace_setup
+def _trace(setup: TrainSetup, machine: Machine) -> Estimate:
+    from bench.trace.estimate import trace_estimate
 
-    return trace_setup(*args, **kwargs)
+    return trace_estimate(setup, machine)

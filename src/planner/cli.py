@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from planner.cli_options import SectionedCommand, complete, json_option
+from planner.cli_plan import estimate_command, export_command, plan_command
 from planner.cli_tables import fits_command, needs_command
 from planner.facts import KIND_NAMES, Fact, Record, find_anything, find_kind
 from planner.render import format_facts, format_json, format_table, paint, terminal_width
@@ -75,6 +76,9 @@ def completion_command(ctx: click.Context, shell: str) -> None:
 COMMANDS: tuple[click.Command, ...] = (
     fits_command,
     needs_command,
+    estimate_command,
+    plan_command,
+    export_command,
     list_command,
     show_command,
     completion_command,

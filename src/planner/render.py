@@ -192,7 +192,10 @@ def wrap(text: str, width: int | None, first: str = "", rest: str = "") -> str:
 
 
 def format_json(value: Any) -> str:
-    """One line of strict JSON; an infinite or undefined number in an answer is a defect and raises ValueError."""
+    """One line of strict JSON in ASCII, so that no console's encoding can change it.
+
+    An infinite or undefined number in an answer is a defect and raises ValueError.
+    """
     import json
 
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, allow_nan=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from planner.render import format_bars, format_facts, paint, wrap
 from planner.results import ALLOCATED_TERMS, Estimate, Fit, Memory, Plan, Rejected, Time
@@ -62,7 +63,7 @@ def describe_step(setup: TrainSetup) -> str:
     """What else decides the memory of a step."""
     parts = [
         setup.optimizer + (" in the backward" if setup.optimizer_in_backward else ""),
-        f"{setup.checkpointing} checkpointing",
+        "no checkpointing" if setup.checkpointing == "none" else f"{setup.checkpointing} checkpointing",
         f"{setup.attention} attention",
         f"{setup.loss} loss",
     ]
@@ -78,14 +79,17 @@ def describe_step(setup: TrainSetup) -> str:
 def format_estimate(estimate: Estimate, width: int | None = None) -> str:
     """Setup, verdict, memory by phase and by term, time, and what stands behind them."""
     parts = [
-        format_facts(_setup_facts(estimate), width),
-        _format_verdict(estimate),
+        _format_head(estimate, width),
         _format_phases(estimate.memory, width),
         _format_terms(estimate.memory, width),
         _format_rest(estimate, width),
-        format_notes(estimate, width),
+        _format_notes(estimate, width),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _format_head(estimate: Estimate, width: int | None) -> str:
+    return f"{format_facts(_setup_facts(estimate), width)}\n\n{_format_verdict(estimate, width)}"
 
 
 def _setup_facts(estimate: Estimate) -> list[tuple[str, str]]:
@@ -99,14 +103,14 @@ def _setup_facts(estimate: Estimate) -> list[tuple[str, str]]:
     ]
 
 
-def _format_verdict(estimate: Estimate) -> str:
-    fit, memory = estimate.fit, estimate.memory
+def _format_verdict(estimate: Estimate, width: int | None) -> str:
+    fit = estimate.fit
     verdict = paint(describe_fit(fit), VERDICT_TONES.get(fit.verdict, "dim"))
-    needs = f"needs {format_bytes(memory.peak_reserved_bytes)}"
-    if fit.usable_bytes is not None:
-        needs += f" of the {format_bytes(fit.usable_bytes)} that the card can give"
+    if fit.usable_bytes is None or fit.headroom_bytes is None:
+        return verdict
+    needed, given = format_bytes(fit.usable_bytes - fit.headroom_bytes), format_bytes(fit.usable_bytes)
     odds = "" if fit.probability is None else f"; {_percent(fit.probability)} chance of running out"
-    return f"{verdict}  ({needs}{odds})"
+    return wrap(f"{verdict}  (needs {needed} of {given} beside the CUDA context{odds})", width, rest="  ")
 
 
 def _percent(share: float) -> str:
@@ -161,7 +165,7 @@ def describe_time(time: Time) -> str:
     return f"{format_duration(time.step_s)} ({interval}), {rate}"
 
 
-def format_notes(estimate: Estimate, width: int | None) -> str:
+def _format_notes(estimate: Estimate, width: int | None) -> str:
     """Warnings, what is assumed and what is left out."""
     groups = (
         ("warning", "doubtful", estimate.warnings),
@@ -176,15 +180,29 @@ def format_notes(estimate: Estimate, width: int | None) -> str:
     return "\n".join(lines)
 
 
+def format_case_line(case: Mapping[str, Any]) -> str:
+    """One line of `estimate --cases` for people: id, peak and verdict, or the error."""
+    if "error" in case:
+        return f"{case['id']}  error: {case['error']}"
+    peak = format_bytes(case["memory"]["peak_allocated_bytes"])
+    return f"{case['id']}  {peak}  {describe_fit(Fit(**case['fit']))}"
+
+
 def format_plan_answer(plan: Plan, width: int | None = None) -> str:
-    """The chosen configuration, why, and what was rejected."""
-    parts = [format_estimate(plan.estimate, width)]
+    """The chosen configuration, what fills the card, why, and what was rejected."""
+    estimate = plan.estimate
+    parts = [
+        _format_head(estimate, width),
+        _format_terms(estimate.memory, width),
+        _format_rest(estimate, width),
+    ]
     if plan.reasons:
         parts.append(f"{paint('Why', 'strong')}\n{_bullets(plan.reasons, width)}")
     if plan.rejected:
         shown = [_describe_rejected(r) for r in plan.rejected[:MAX_REJECTED]]
         parts.append(f"{paint('Rejected', 'strong')}\n{_bullets(shown, width)}")
-    return "\n\n".join(parts)
+    parts.append(_format_notes(estimate, width))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _describe_rejected(rejected: Rejected) -> str:

@@ -1,0 +1,174 @@
+"""Runs, measurements and comparisons as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from bench.compare import Comparison, PredictionRow, predicted_vs_measured
+from bench.stats import Ratio
+from bench.store import Measurement
+from planner.render import Column, blank_repeats, format_facts, format_table, paint, wrap
+from planner.units import format_bytes, format_duration
+
+MAX_SAMPLE_CHARS = 300
+"""Of an answer that is shown after a run; summary.json has all of it."""
+GOOD_ERROR, FAIR_ERROR = 0.05, 0.15
+"""Up to which relative error a prediction is shown as good, and as fair."""
+
+_QUANTITIES: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "peak_allocated_bytes": ("peak of live tensors", format_bytes),
+    "peak_reserved_bytes": ("peak reserved by torch", format_bytes),
+    "device_used_bytes": ("used on the device", format_bytes),
+    "step_s": ("optimizer step", format_duration),
+    "tokens_per_s": ("tokens per second", lambda value: f"{value:.0f}"),
+}
+
+
+def format_measurement(run: Measurement, width: int | None = None) -> str:
+    """One run: what it was, predicted beside measured, and the doubts."""
+    heading = paint(f"{run.setup.method} of {run.setup.model_label} on {run.gpu}", "strong")
+    if run.outcome != "ok":
+        return wrap(f"{heading}: {run.outcome} in phase {run.last_phase}: {run.error}", width)
+    errors = {row.quantity: row for row in predicted_vs_measured([run])}
+    shown = [name for name in _QUANTITIES if getattr(run.measured, name) is not None]
+    columns = [
+        Column(title="", cells=tuple(_QUANTITIES[name][0] for name in shown)),
+        Column(title="predicted", cells=tuple(_predicted(name, errors) for name in shown), is_number=True),
+        Column(
+            title="measured",
+            cells=tuple(_QUANTITIES[name][1](getattr(run.measured, name)) for name in shown),
+            is_number=True,
+        ),
+        Column(title="error", cells=tuple(_error(errors.get(name)) for name in shown), is_number=True),
+    ]
+    notes = [wrap(f"note: {note}", width, rest="  ") for note in run.warnings]
+    return "\n".join([heading, "", format_table(columns, width), *notes])
+
+
+def _predicted(quantity: str, rows: Mapping[str, PredictionRow]) -> str:
+    row = rows.get(quantity)
+    return "-" if row is None else _QUANTITIES[quantity][1](row.predicted)
+
+
+def _error(row: PredictionRow | None) -> str:
+    if row is None:
+        return ""
+    size = abs(row.relative_error)
+    tone = "good" if size <= GOOD_ERROR else "doubtful" if size <= FAIR_ERROR else "bad"
+    return paint(_percent(row.relative_error), tone)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f} %"
+
+
+def format_predictions(rows: Sequence[PredictionRow], width: int | None = None) -> str:
+    """Every quantity of every run, predicted beside measured."""
+
+    def column(
+        title: str, show: Callable[[PredictionRow], str], drop: int = 0, *, number: bool = False
+    ) -> Column:
+        return Column(title=title, cells=tuple(map(show, rows)), drop=drop, is_number=number)
+
+    columns = [
+        blank_repeats(column("run", lambda r: r.id[:8], 4)),
+        column("model", lambda r: r.model.rpartition("/")[2], 1),
+        column("method", lambda r: r.method, 2),
+        column("GPU", lambda r: r.gpu, 3),
+        column("quantity", lambda r: _QUANTITIES[r.quantity][0]),
+        column("predicted", lambda r: _QUANTITIES[r.quantity][1](r.predicted), number=True),
+        column("measured", lambda r: _QUANTITIES[r.quantity][1](r.measured), number=True),
+        column("error", _error, number=True),
+    ]
+    return format_table(columns, width)
+
+
+def format_comparison(found: Comparison, width: int | None = None) -> str:
+    """B against A."""
+    facts = [("step time, B / A", _ratio(found.step))]
+    if found.cpu_step is not None:
+        facts.append(("CPU seconds per step, B / A", _ratio(found.cpu_step)))
+    if found.peak_allocated_ratio is not None:
+        facts.append(("peak of live tensors, B / A", f"{found.peak_allocated_ratio:.3f}"))
+    facts.append(("runs", f"{found.num_runs_a} and {found.num_runs_b}; intervals over each {found.unit}"))
+    facts.append(("same machine", _known(found.is_same_machine)))
+    facts += [(f"differs: {name}", f"{a} -> {b}") for name, (a, b) in found.setup_differences.items()]
+    facts += [(f"differs: {name}", f"{a} -> {b}") for name, (a, b) in found.version_differences.items()]
+    verdict = "the step times differ" if found.is_significant else "no difference that chance can't explain"
+    notes = [wrap(f"note: {note}", width, rest="  ") for note in found.warnings]
+    return "\n".join([paint(verdict, "strong"), format_facts(facts, width), *notes])
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{ratio.ratio:.3f} ({ratio.low_ratio:.3f} to {ratio.high_ratio:.3f}, p = {ratio.p_value:.2g})"
+
+
+def _known(value: bool | None) -> str:
+    return "unknown" if value is None else "yes" if value else "no"
+
+
+def format_summary(summary: Mapping[str, Any], folder: str, width: int | None = None) -> str:
+    """A finished run: what it gave, predicted beside measured, one answer before and after."""
+    facts = [
+        (
+            "run",
+            f"{summary['num_steps']} steps, {summary['num_tokens']:,} tokens in {format_duration(summary['train_s'])}",
+        ),
+        ("result", f"{folder}/{summary['artifact']}"),
+        *_evaluation_facts(summary),
+    ]
+    parts = [format_facts(facts, width), _format_measured(summary, width), *_format_samples(summary, width)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _evaluation_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    before, after = summary["eval_before"], summary["eval_after"]
+    if not before or not after:
+        return [("held out", "no rows were held out")]
+    return [
+        ("held-out loss", f"{before['loss']:.3f} before, {after['loss']:.3f} after"),
+        ("perplexity", f"{before['perplexity']:.2f} before, {after['perplexity']:.2f} after"),
+        ("judged on", f"{after['num_trained_tokens']:,} tokens of {after['num_examples']} held-out rows"),
+    ]
+
+
+def _format_measured(summary: Mapping[str, Any], width: int | None) -> str:
+    """Predicted beside measured; empty where the plan predicted nothing."""
+    predicted = {**(summary["predicted"].get("memory") or {}), **(summary["predicted"].get("time") or {})}
+    measured = summary["measured"]
+    shown = [name for name in _QUANTITIES if measured.get(name) is not None]
+    if not shown:
+        return ""
+
+    def text(values: Mapping[str, Any], name: str) -> str:
+        return "-" if values.get(name) is None else _QUANTITIES[name][1](values[name])
+
+    columns = [
+        Column(title="", cells=tuple(_QUANTITIES[name][0] for name in shown)),
+        Column(title="predicted", cells=tuple(text(predicted, name) for name in shown), is_number=True),
+        Column(title="measured", cells=tuple(text(measured, name) for name in shown), is_number=True),
+    ]
+    return format_table(columns, width)
+
+
+def _format_samples(summary: Mapping[str, Any], width: int | None) -> Iterable[str]:
+    """The first held-out prompt with the model's answer before and after."""
+    before, after = summary["sample_before"], summary["sample_after"]
+    if before and after:
+        yield format_facts(
+            [
+                ("asked", _shorten(after[0]["prompt"])),
+                ("before", _shorten(before[0]["answer"])),
+                ("after", _shorten(after[0]["answer"])),
+                ("expected", _shorten(after[0]["expected"])),
+            ],
+            width,
+        )
+
+
+def _shorten(text: str) -> str:
+    """On one line, without what could steer the terminal."""
+    flat = "".join(c if c.isprintable() else " " for c in text)
+    plain = " ".join(flat.split())
+    return plain if len(plain) <= MAX_SAMPLE_CHARS else plain[:MAX_SAMPLE_CHARS] + " ..."

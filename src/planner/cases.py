@@ -1,0 +1,79 @@
+"""`finefit estimate --cases FILE`: one answer per line of a JSON Lines file, in order, whatever the lines hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from planner.errors import FinefitError, UsageError
+from planner.results import SCHEMA_VERSION, Estimate
+from planner.setup import TrainSetup
+from planner.specs import Machine
+
+Answer = Callable[[TrainSetup, Machine], Estimate]
+"""The closed form or the trace."""
+FindMachine = Callable[[str, dict[str, Any]], Machine]
+"""`--gpu`'s words and the setup's fields -> the machine; puts the number of GPUs into the fields."""
+
+
+def answer_cases(
+    lines: Iterable[bytes], answer: Answer, find_machine: FindMachine, gpu: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """An estimate's JSON, or `id` and `error`, for each line that isn't blank.
+
+    `gpu` replaces what the cases say. A case's `stack` goes into its setup; keys beside id, gpu, setup and stack
+    are ignored, an unknown key inside `setup` is an error.
+    """
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _answer_line(line, number, answer, find_machine, gpu)
+
+
+def _answer_line(
+    line: bytes, number: int, answer: Answer, find_machine: FindMachine, gpu: str | None
+) -> dict[str, Any]:
+    case: Mapping[str, Any] = {}
+    try:
+        case = _read_case(line, number)
+        fields = _fields(case)
+        machine = find_machine(_gpu(case, gpu), fields)
+        estimate = answer(TrainSetup.from_dict(fields), machine)
+        return {**estimate.to_json(), "id": case.get("id")}
+    except FinefitError as error:
+        reason = str(error)
+    except Exception as error:
+        # the other cases must get their answers, and this one says in its own line that finefit is at fault
+        reason = f"unexpected {type(error).__name__}: {error}"
+    return {"schema_version": SCHEMA_VERSION, "id": case.get("id"), "error": " ".join(reason.split())}
+
+
+def _read_case(line: bytes, number: int) -> Mapping[str, Any]:
+    try:
+        case = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise UsageError(f"line {number}: nested too deeply") from None
+    except ValueError as error:
+        raise UsageError(f"line {number}: not JSON ({error})") from error
+    if not isinstance(case, dict):
+        raise UsageError(f"line {number}: a case is an object with id, gpu and setup")
+    return case
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _fields(case: Mapping[str, Any]) -> dict[str, Any]:
+    setup = case.get("setup")
+    if not isinstance(setup, dict):
+        raise UsageError("setup: missing, or not an object of TrainSetup's fields")
+    stack = case.get("stack")
+    return {**setup, "stack": stack} if stack is not None and setup.get("stack") is None else dict(setup)
+
+
+def _gpu(case: Mapping[str, Any], gpu: str | None) -> str:
+    named = gpu if gpu is not None else case.get("gpu")
+    if not isinstance(named, str) or not named:
+        raise UsageError("gpu: missing; name it in the case or by --gpu")
+    return named

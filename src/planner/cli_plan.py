@@ -1,0 +1,275 @@
+"""The commands about one configuration: `estimate`, `plan` and `export`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner import __version__
+from planner.cases import Answer, answer_cases
+from planner.cli_options import (
+    SectionedCommand,
+    Session,
+    given_fields,
+    gpu_option,
+    json_option,
+    resolve_machine,
+    setup_options,
+)
+from planner.cli_tables import complete_model
+from planner.errors import FinefitError, UsageError
+from planner.planfile import looks_like_plan, read_plan, write_plan
+from planner.render import format_json, terminal_width
+
+if TYPE_CHECKING:
+    from planner.results import Estimate
+    from planner.search import DataLengths
+    from planner.setup import TrainSetup
+    from planner.specs import Machine
+
+DOES_NOT_FIT_EXIT = 3
+
+
+def set_option(function: Any) -> Any:
+    """`--set key=value`, for the commands that read a plan."""
+    return click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Change a key of the plan; may be repeated.",
+    )(function)
+
+
+@click.command(
+    "estimate",
+    cls=SectionedCommand,
+    epilog="Example: finefit estimate llama-3.1-8b --gpu rtx-4090 --method qlora --seq-len 4096",
+)
+@click.argument("model", required=False, metavar="[MODEL|PLAN.YAML]", shell_complete=complete_model)
+@gpu_option(required=False)
+@click.option("--cases", metavar="FILE", help="Answer every line of a JSON Lines file; - is stdin.")
+@click.option(
+    "--trace", is_flag=True, help="Trace the model's real step on fake tensors instead of the formulas."
+)
+@click.option("--online", is_flag=True, help="Look up an unknown hub id on the hub.")
+@setup_options(without=("model",))
+@json_option
+@click.pass_obj
+def estimate_command(
+    session: Session,
+    /,
+    model: str | None,
+    gpu: str | None,
+    cases: str | None,
+    trace: bool,
+    online: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """What one configuration needs: memory by phase and by term, whether it fits, and what is assumed.
+
+    MODEL is a name, a hub id, a folder or a config.json; PLAN.YAML is estimated as it stands, with the options
+    changed that are given. Exit code 3 means that it does not fit.
+    """
+    from planner.render_estimate import format_estimate
+
+    fields = given_fields(options)
+    answer = _answer(session, trace, online)
+    if cases is not None:
+        if model is not None or fields:
+            raise UsageError("--cases takes only --gpu, --trace, --online and --json beside it")
+        _print_cases(session, cases, answer, gpu, as_json)
+        return 0
+    if model is None:
+        raise UsageError("which model? `finefit estimate MODEL --gpu GPU`, or --cases FILE")
+    setup, machine = _setup_and_machine(session, model, gpu, fields)
+    found = answer(setup, machine)
+    click.echo(format_json(found.to_json()) if as_json else format_estimate(found, terminal_width()))
+    return exit_code(found)
+
+
+def exit_code(estimate: Estimate) -> int:
+    """3 where a single setup does not fit, else 0."""
+    return DOES_NOT_FIT_EXIT if estimate.fit.verdict == "does-not-fit" else 0
+
+
+def _answer(session: Session, trace: bool, online: bool) -> Answer:
+    if trace and session.trace is None:
+        raise FinefitError("tracing needs the training extra: pip install 'finefit[train]'")
+    if session.trace is not None and trace:
+        return session.trace
+    return _estimate_online if online else _estimate
+
+
+def _estimate(setup: TrainSetup, machine: Machine) -> Estimate:
+    from planner.estimate import estimate
+
+    return estimate(setup, machine)
+
+
+def _estimate_online(setup: TrainSetup, machine: Machine) -> Estimate:
+    from planner.estimate import estimate
+    from planner.resolve import resolve_model
+    from planner.stack import parse_stack
+
+    splits = parse_stack(setup.stack).splits_experts
+    model = resolve_model(setup.model, revision=setup.revision, offline=False, experts_as_linears=splits)
+    return estimate(setup, machine, model)
+
+
+def _setup_and_machine(
+    session: Session, model: str, gpu: str | None, fields: dict[str, Any]
+) -> tuple[TrainSetup, Machine]:
+    """From a model's name and options, or from a plan file with the options on top."""
+    from planner.setup import TrainSetup
+
+    if looks_like_plan(model):
+        plan = read_plan(Path(model))
+        wanted = gpu or plan.gpu
+        changed = {"num_gpus": plan.setup.num_gpus, **fields} if gpu is None else fields
+        machine = resolve_machine(session, _required_gpu(wanted), changed)
+        return plan.setup.with_(**changed), machine
+    machine = resolve_machine(session, _required_gpu(gpu), fields)
+    return TrainSetup.from_dict({"model": model, **fields}), machine
+
+
+def _required_gpu(gpu: str | None) -> str:
+    if gpu is None:
+        raise UsageError(
+            "which GPU? --gpu GPU[:N], or --gpu local for this machine (see `finefit list gpus`)"
+        )
+    return gpu
+
+
+def _print_cases(session: Session, name: str, answer: Answer, gpu: str | None, as_json: bool) -> None:
+    from planner.render_estimate import format_case_line
+
+    def find_machine(words: str, fields: dict[str, Any]) -> Machine:
+        return resolve_machine(session, words, fields)
+
+    for result in answer_cases(_case_lines(name), answer, find_machine, gpu):
+        click.echo(format_json(result) if as_json else format_case_line(result))
+
+
+def _case_lines(name: str) -> Iterator[bytes]:
+    if name == "-":
+        yield from sys.stdin.buffer
+        return
+    try:
+        with Path(name).open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise FinefitError(f"can't read {name}: {error.strerror or error}") from error
+
+
+@click.command(
+    "plan",
+    cls=SectionedCommand,
+    epilog="Example: finefit plan llama-3.1-8b --gpu rtx-4090 --data my.jsonl --out plan.yaml",
+)
+@click.argument("model", shell_complete=complete_model)
+@gpu_option(required=True)
+@click.option(
+    "--global-batch-size", type=click.IntRange(min=1), metavar="N", help="Sequences per optimizer step."
+)
+@click.option(
+    "--out", metavar="FILE", default="plan.yaml", show_default=True, help="Where the plan is written."
+)
+@click.option("--force", is_flag=True, help="Overwrite a file that is not a finefit plan.")
+@setup_options(without=("model",))
+@json_option
+@click.pass_obj
+def plan_command(
+    session: Session,
+    /,
+    model: str,
+    gpu: str,
+    global_batch_size: int | None,
+    out: str,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Choose a configuration for a model and a GPU, say why, and write it to a plan file.
+
+    Every option below fixes what would otherwise be chosen. Exit code 3 means that nothing fits.
+    """
+    from planner.render_estimate import format_plan_answer
+    from planner.search import plan
+
+    wishes = {"model": model, **given_fields(options)}
+    machine = resolve_machine(session, gpu, wishes)
+    lengths, why_unknown = _row_lengths(session, wishes)
+    found = plan(wishes, machine, global_batch=global_batch_size, lengths=lengths)
+    setup = found.estimate.setup
+    label = "local" if machine.is_local else machine.label
+    write_plan(Path(out), setup, label, summarise(found.estimate), force=force)
+    click.echo(format_json(found.to_json()) if as_json else format_plan_answer(found, terminal_width()))
+    for note in (why_unknown, f"wrote {out}; next: finefit bench {out}, finefit train {out}"):
+        if note:
+            click.echo(note, err=True)
+    return 0
+
+
+def _row_lengths(session: Session, wishes: Mapping[str, Any]) -> tuple[DataLengths | None, str | None]:
+    """The data's token lengths, or why they are unknown; None and None without data."""
+    if wishes.get("data") is None:
+        return None, None
+    if session.token_lengths is None:
+        return None, "the rows' lengths are unknown: counting tokens needs pip install 'finefit[train]'"
+    return session.token_lengths(wishes)
+
+
+def summarise(estimate: Estimate) -> dict[str, Any]:
+    """What a plan file keeps of its estimate, under the names of the JSON contract."""
+    answer = estimate.to_json()
+    memory = {key: value for key, value in answer["memory"].items() if not isinstance(value, dict)}
+    return {
+        "finefit": __version__,
+        "gpu": estimate.gpu,
+        "source": estimate.source,
+        "memory": memory,
+        "fit": answer["fit"],
+        "time": answer["time"],
+    }
+
+
+@click.command(
+    "export", cls=SectionedCommand, epilog="Example: finefit export plan.yaml --to trl --out trl-run"
+)
+@click.argument("plan", metavar="PLAN.YAML", type=click.Path(path_type=Path))
+@click.option("--to", "target", required=True, metavar="FORMAT", help="See `finefit list formats`.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the files.")
+@click.option("--force", is_flag=True, help="Overwrite files that are there.")
+@set_option
+@json_option
+def export_command(
+    plan: Path, target: str, out: Path, force: bool, settings: tuple[str, ...], as_json: bool
+) -> None:
+    """Write a plan as the files that another trainer reads; says what the target can't express."""
+    from planner.export import find_format
+    from planner.files import write_atomically
+    from planner.results import SCHEMA_VERSION
+
+    form = find_format(target)
+    found = read_plan(plan, settings)
+    files = form.export(found.setup, found.gpu or "")
+    there = [name for name in files if (out / name).exists()]
+    if there and not force:
+        raise FinefitError(f"{out / there[0]} exists; give another --out, or --force to overwrite it")
+    for name, text in files.items():
+        write_atomically(out / name, text)
+    warnings = form.warnings(found.setup)
+    if as_json:
+        paths = [str(out / name) for name in files]
+        click.echo(format_json({"schema_version": SCHEMA_VERSION, "files": paths, "warnings": warnings}))
+        return
+    for name in files:
+        click.echo(str(out / name))
+    for warning in warnings:
+        click.echo(f"left out: {warning}", err=True)
