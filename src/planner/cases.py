@@ -35,7 +35,7 @@ def _answer_line(
 ) -> dict[str, Any]:
     case: Mapping[str, Any] = {}
     try:
-        case = _read_case(line, number)
+        case = read_case(line, number)
         fields = _fields(case)
         machine = find_machine(_gpu(case, gpu), fields)
         estimate = answer(TrainSetup.from_dict(fields), machine)
@@ -48,7 +48,8 @@ def _answer_line(
     return {"schema_version": SCHEMA_VERSION, "id": case.get("id"), "error": " ".join(reason.split())}
 
 
-def _read_case(line: bytes, number: int) -> Mapping[str, Any]:
+def read_case(line: bytes, number: int) -> Mapping[str, Any]:
+    """One line as a case. Raises UsageError naming the line where it isn't a JSON object."""
     try:
         case = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except RecursionError:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from planner.cli_accuracy import accuracy_command
 from planner.cli_options import SectionedCommand, complete, json_option
 from planner.cli_plan import estimate_command, export_command, plan_command
 from planner.cli_tables import fits_command, needs_command
@@ -81,5 +82,6 @@ COMMANDS: tuple[click.Command, ...] = (
     export_command,
     list_command,
     show_command,
+    accuracy_command,
     completion_command,
 )
