@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -243,3 +244,48 @@ def test_the_exported_script_trains(changes, tiny_model, rows, tmp_path):
     assert state["global_step"] == 2
     weights = "adapter_model.safetensors" if setup.uses_adapters else "model.safetensors"
     assert (tmp_path / "trl-output" / weights).stat().st_size > 0
+
+
+DEEPSPEED_STEPS = """
+import json, sys
+import torch
+import deepspeed
+deepspeed.init_distributed("gloo")
+config = json.load(open("ds_config.json"))
+dtype = torch.bfloat16 if "bf16" in config else torch.float32
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1)).to(dtype)
+own = {} if "optimizer" in config else {"optimizer": torch.optim.SGD(model.parameters(), lr=0.01)}
+engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, **own)
+for _ in range(2 * config["gradient_accumulation_steps"]):
+    engine.backward(engine(torch.randn(2, 64, dtype=dtype)).float().pow(2).mean())
+    engine.step()
+masters = {p.dtype for group in engine.optimizer.param_groups for p in group["params"]}
+print("result", engine.global_steps, *masters)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero1", "zero2-lion", "zero2-autocast", "zero3-full-pure"])
+def test_deepspeed_trains_by_the_exported_file(name, tmp_path):
+    setup = SETUPS[name]
+    (tmp_path / "ds_config.json").write_text(find_format("deepspeed").export(setup, "cpu")["ds_config.json"])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    ranks = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    environment = {**os.environ, **ranks, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DEEPSPEED_STEPS]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (line,) = [line for line in run.stdout.splitlines() if line.startswith("result ")]
+    _, steps, *masters = line.split()
+    assert steps == "2"
+    is_pure = setup.master_weights == "none" and setup.weights_dtype == "bfloat16"
+    # ZeRO-3 keeps its copies outside the optimizer's groups between the steps.
+    assert masters in ([], ["torch.bfloat16" if is_pure else "torch.float32"])
