@@ -113,6 +113,15 @@ def reset_peak_rss() -> bool:
     return True
 
 
+def count_oom_kills(root: Path = ROOT) -> int:
+    """Processes that the kernel ended since the start because memory ran out; 0 where it doesn't count them."""
+    for line in _lines(root / "proc/vmstat"):
+        key, _, value = line.partition(" ")
+        if key == "oom_kill" and value.isdigit():
+            return int(value)
+    return 0
+
+
 def _key_values(path: Path) -> dict[str, str]:
     """The first value of each `key : value` line; empty where the file can't be read."""
     try:

@@ -7,7 +7,8 @@ query can't say becomes None, and what went wrong becomes one line in `problems`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -171,6 +172,20 @@ def read_cards(nvml: Nvml) -> Cards:
         return Cards(missing=_why_missing(error), missing_reason=error.reason)
     finally:
         ask("closing", nvml.close)
+
+
+@contextmanager
+def opened(nvml: Nvml) -> Iterator[Nvml | None]:
+    """The layer open for repeated queries, or None where there is no driver to ask."""
+    try:
+        nvml.open()
+    except NvmlQueryError:
+        yield None
+        return
+    try:
+        yield nvml
+    finally:
+        Asker("driver")("closing", nvml.close)
 
 
 class Asker:

@@ -38,8 +38,9 @@ class Measured:
     """What the run took; None where this machine can't say.
 
     `peak_allocated_bytes`: live tensors, by torch.cuda or counted on the CPU. `peak_reserved_bytes`: the caching
-    allocator (CUDA only). `device_used_bytes`: the process on the card by NVML; on the CPU its resident set less
-    `baseline_host_bytes`, the resident set after the imports. `host_bytes`: the highest resident set.
+    allocator (CUDA only). `device_used_bytes`: the process on the card by NVML; on the CPU its highest resident
+    set during the steps. `host_bytes`: the highest resident set of the whole run; `baseline_host_bytes`: after
+    the imports, before the model.
     `phases`: peak of allocated bytes by phase. `step_s` is the median step, `cpu_step_s` in CPU seconds.
     """
 

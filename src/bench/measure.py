@@ -1,0 +1,158 @@
+"""Measure one setup on this machine: a child process runs it, and the record is kept whatever happens to it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from bench.environment import describe_environment
+from bench.host import count_cpus
+from bench.jobs import Executor, Job, Progress, ProgressCallback, RunReport
+from bench.process import ProcessExecutor
+from bench.stats import drift, summarise
+from bench.store import Measured, Measurement, Samples, append_result
+from planner.setup import TrainSetup
+
+MIN_STEPS = 5
+"""Fewer timed steps say little about their spread."""
+MAX_SPREAD = 0.05
+MAX_DRIFT = 0.10
+MAX_LOAD = 0.5
+"""Load average per processor, before the run, from which wall times are in doubt."""
+
+
+def measure(
+    setup: TrainSetup,
+    *,
+    steps: int = 10,
+    warmup: int = 2,
+    results_path: Path | None = None,
+    predicted: Mapping[str, Any] | None = None,
+    gpu: str = "local",
+    device: str | None = None,
+    random_weights: bool = False,
+    timeout_s: float | None = None,
+    progress: ProgressCallback = lambda step: None,
+    executor: Executor | None = None,
+) -> Measurement:
+    """Run `warmup` and then `steps` optimizer steps of `setup` in a child process, one evaluation and one save.
+
+    `predicted` is the estimate's JSON and `gpu` the machine that it is for; both go into the record, which is
+    appended to `results_path` at once. `device`, `random_weights` and `timeout_s`: see Job. A run that fails is
+    a record too: look at its `outcome`. Raises FinefitError only when the record can't be written.
+    """
+    job = Job(
+        setup=setup,
+        num_steps=steps,
+        num_warmup=warmup,
+        device=device,
+        random_weights=random_weights,
+        timeout_s=timeout_s,
+    )
+    load = load_per_cpu()
+    started = time.gmtime()
+    report = (executor or ProcessExecutor()).run(job, progress)
+    measurement = Measurement(
+        id=uuid.uuid4().hex[:16],
+        time_utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", started),
+        setup=setup,
+        gpu=gpu,
+        device=report.device,
+        environment={**describe_environment(), **report.environment},
+        outcome=report.outcome,
+        last_phase=report.last_phase,
+        error=report.error,
+        stderr_tail=report.stderr_tail,
+        samples=report.samples,
+        measured=_with_times(report.measured, report.samples),
+        predicted=predicted,
+        warnings=tuple(find_doubts(report, gpu, load)),
+    )
+    if results_path is not None:
+        append_result(results_path, measurement)
+    return measurement
+
+
+def load_per_cpu() -> float | None:
+    """The load average of the last minute per usable processor; None where the system has none."""
+    try:
+        return os.getloadavg()[0] / count_cpus()
+    except (OSError, AttributeError):
+        return None
+
+
+def _with_times(measured: Measured, samples: Samples) -> Measured:
+    """The peaks with the statistics of the steps."""
+    if not samples.step_wall_s:
+        return measured
+    wall, cpu = summarise(samples.step_wall_s), summarise(samples.step_cpu_s)
+    total_s = sum(samples.step_wall_s)
+    return replace(
+        measured,
+        step_s=wall.median_s,
+        low_step_s=wall.low_s,
+        high_step_s=wall.high_s,
+        cpu_step_s=cpu.median_s,
+        tokens_per_s=sum(samples.step_tokens) / total_s if total_s > 0 else None,
+    )
+
+
+def find_doubts(report: RunReport, gpu: str, load: float | None = None) -> list[str]:
+    """What makes a run's figures doubtful, one line each: few or unsteady steps, other programs, heat."""
+    found = list(report.notes)
+    if load is not None and load > MAX_LOAD:
+        found.append(
+            f"other programs were running (load {load:.1f} per processor): trust CPU seconds, not wall time"
+        )
+    if report.device == "cpu" and gpu not in ("local", "cpu"):
+        found.append(f"ran on the CPU, the prediction is for {gpu}")
+    return [*found, *_unsteady(report.samples.step_wall_s)] if report.outcome == "ok" else found
+
+
+def _unsteady(step_wall_s: Sequence[float]) -> list[str]:
+    if not step_wall_s:
+        return []
+    found = []
+    if len(step_wall_s) < MIN_STEPS:
+        found.append(f"only {len(step_wall_s)} timed steps: {MIN_STEPS} or more show their spread")
+    spread = summarise(step_wall_s).relative_spread
+    if spread > MAX_SPREAD:
+        found.append(
+            f"step times spread by {spread:.0%} (interquartile range / median; {MAX_SPREAD:.0%} is usual)"
+        )
+    slower = drift(step_wall_s)
+    if len(step_wall_s) >= MIN_STEPS and slower > MAX_DRIFT:
+        found.append(f"steps got {slower:.0%} slower during the run: throttling, or memory that runs out")
+    return found
+
+
+@dataclass
+class ProgressLine:
+    """A `progress` that writes to a terminal: one line that is rewritten, or one line per phase elsewhere."""
+
+    label: str = ""
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    clock: Callable[[], float] = time.monotonic
+    _start_s: float | None = None
+    _last_phase: str | None = None
+
+    def __call__(self, step: Progress) -> None:
+        """Show where the job is."""
+        if self._start_s is None:
+            self._start_s = self.clock()
+        is_new = step.phase != self._last_phase
+        self._last_phase = step.phase
+        if not self.stream.isatty():
+            if is_new:
+                print(f"{self.label}{step.phase}", file=self.stream, flush=True)
+            return
+        count = f" {step.num_done}/{step.num_all}" if step.num_all else ""
+        text = f"{self.label}{step.phase}{count} ({self.clock() - self._start_s:.0f} s)"
+        finish = "\n" if step.phase == "done" else ""
+        print(f"\r\x1b[K{text}", end=finish, file=self.stream, flush=True)

@@ -1,0 +1,70 @@
+"""Rows to measure with: random ones of the full length, and one batch's worth for an evaluation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from planner.setup import TrainSetup
+
+if TYPE_CHECKING:
+    from bench.data import Example
+    from bench.rundata import RunData
+
+RANDOM_STEPS = 3
+"""Optimizer steps with rows of their own; later steps see them again."""
+
+
+def random_data(setup: TrainSetup, model: Any) -> RunData:
+    """Rows of `seq_len` random tokens of the model's vocabulary that all train: the worst case of any data."""
+    from bench.batching import BatchPlan
+    from bench.build import inner_model
+    from bench.rundata import RunData
+
+    generator = np.random.default_rng(setup.seed)
+    vocab_size = inner_model(model).get_input_embeddings().weight.shape[0]
+    num_rows = RANDOM_STEPS * setup.micro_batch_size * setup.grad_accum_steps
+    train = [_random_row(generator, setup.seq_len, vocab_size, number) for number in range(num_rows)]
+    num_held_out = setup.eval_batch_size or setup.micro_batch_size
+    return RunData(
+        setup=setup,
+        train=train,
+        held_out=[_random_row(generator, setup.seq_len, vocab_size, -n) for n in range(1, num_held_out + 1)],
+        batches=BatchPlan.of(
+            train,
+            seq_len=setup.seq_len,
+            packing=setup.packing,
+            micro_batch_size=setup.micro_batch_size,
+            grad_accum_steps=setup.grad_accum_steps,
+            seed=setup.seed,
+        ),
+        sha256="random",
+        pad_id=0,
+        facts={},
+    )
+
+
+def _random_row(generator: np.random.Generator, num_tokens: int, vocab_size: int, number: int) -> Example:
+    from bench.data import IGNORE_INDEX, Example
+
+    ids = generator.integers(0, vocab_size, num_tokens, dtype=np.int32)
+    labels = ids.copy()
+    labels[0] = IGNORE_INDEX
+    return Example(input_ids=ids, labels=labels, group=str(number))
+
+
+def eval_examples(data: RunData) -> list[Example]:
+    """The longest held-out examples (training ones where none are held out) that fill one evaluation batch."""
+    setup = data.setup
+    num_rows = setup.eval_batch_size or setup.micro_batch_size
+    longest_first = sorted(data.held_out or data.train, key=lambda example: -example.num_tokens)
+    if not setup.packing:
+        return longest_first[:num_rows]
+    chosen, num_tokens = [], 0
+    for example in longest_first:
+        if num_tokens + example.num_tokens > num_rows * setup.seq_len:
+            break
+        chosen.append(example)
+        num_tokens += example.num_tokens
+    return chosen or longest_first[:1]

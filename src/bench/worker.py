@@ -1,0 +1,247 @@
+"""The process that measures one setup: `python -m bench.worker FOLDER` reads the job there and reports events.
+
+Builds the model, optimizer and batches that training builds, takes THE training step, evaluates and saves once.
+A fresh process for each measurement, because allocators remember what ran before.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.host import peak_rss_bytes, reset_peak_rss
+from bench.jobs import EVENTS_FILE, EventWriter, Job
+from bench.sample_rows import eval_examples, random_data
+from planner.errors import FinefitError
+
+if TYPE_CHECKING:
+    from bench.rundata import RunData
+
+_OOM_WORDS = ("can't allocate memory", "out of memory")
+"""What torch's CPU allocator, CUDA's libraries and bitsandbytes say in a plain RuntimeError."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the job of a folder; 0 when it was measured, 1 when an error event says why not."""
+    folder = Path(arguments[0])
+    with (folder / EVENTS_FILE).open("w", encoding="utf-8") as file:
+        emit = EventWriter(file)
+        try:
+            Worker(Job.read(folder), emit).run()
+        except FinefitError as error:
+            emit("error", is_oom=False, text=str(error))
+            return 1
+        except Exception as error:
+            emit("error", is_oom=is_out_of_memory(error), text=_one_line(error))
+            raise
+    return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or on the host."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OOM_WORDS)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500]
+
+
+class Worker:
+    """One job from start to end; everything that is found out goes through `emit` at once."""
+
+    def __init__(self, job: Job, emit: EventWriter) -> None:
+        self.job, self.setup, self.emit = job, job.setup, emit
+        self.host_bytes = 0
+
+    def run(self) -> None:
+        """All phases in order; the peaks so far are reported also when one of them fails."""
+        self.phase("start")
+        self.import_everything()
+        self.phase("load")
+        self.load()
+        try:
+            self.take_steps()
+            if self.live is not None:
+                self.phase("memory")
+                self.measure_live_tensors()
+            self.evaluate_and_save()
+        finally:
+            self.report_peaks()
+            self.read_host_peak()
+        self.phase("done")
+
+    def phase(self, name: str) -> None:
+        """Say that a phase begins; stop if nobody is left to listen."""
+        self.check_parent()
+        self.emit("phase", name=name)
+
+    def check_parent(self) -> None:
+        """An orphaned worker must not go on taking the machine."""
+        if self.job.parent_pid is not None and os.getppid() != self.job.parent_pid:
+            sys.exit("the process that wanted this measurement is gone")
+
+    def import_everything(self) -> None:
+        """Import what training imports, so that what the process holds before the model is known."""
+        import peft  # noqa: F401
+        import torch
+
+        from bench import checkpoint, evaluate, rundata  # noqa: F401
+        from bench.build import check_runnable
+        from bench.meters import CudaCounter, LiveTensors, describe_device
+
+        self.device = torch.device(self.job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_runnable(self.setup, self.device)
+        self.live = None if self.device.type == "cuda" else LiveTensors()
+        self.counter = self.live or CudaCounter(self.device)
+        self.emit("device", **describe_device(self.device))
+        self.emit("memory", baseline_host_bytes=self.read_host_peak())
+
+    def load(self) -> None:
+        """Model, optimizer, data and the step itself."""
+        from bench.build import build_model
+        from bench.meters import PhaseMeter
+        from bench.optim import build_optimizer, build_schedule
+        from bench.step import TrainStep
+
+        weights = self.find_weights()
+        self.meter = PhaseMeter(self.counter)
+        with self.meter("load"):
+            self.model = build_model(self.setup, weights=weights, device=self.device)
+            self.count_all_tensors()
+        if weights is None and self.setup.quant:
+            # Random weights are made in 16 bits and packed afterwards, which a run with real ones doesn't do.
+            self.counter.forget()
+            self.meter = PhaseMeter(self.counter)
+        self.optimizer = build_optimizer(self.setup, self.model)
+        # One step more than is timed: the CPU takes another one to count tensors.
+        schedule = build_schedule(self.setup, self.job.num_warmup + self.job.num_steps + 1)
+        self.step = TrainStep(self.setup, self.model, self.optimizer, schedule=schedule)
+        self.data = self.load_data()
+        self.read_host_peak()
+
+    def find_weights(self) -> Path | None:
+        """The folder of the model's weights, None for random ones."""
+        if self.setup.from_scratch or self.job.random_weights or not isinstance(self.setup.model, str):
+            return None
+        from bench.weights import local_model
+
+        return local_model(self.setup.model, revision=self.setup.revision)
+
+    def count_all_tensors(self) -> None:
+        """On the CPU, take in what was made while nobody counted."""
+        if self.live is not None:
+            self.live.add(gc.get_objects())
+
+    def load_data(self) -> RunData:
+        """The setup's data; without any, random rows of the full length: the worst case."""
+        from bench.rundata import load_run_data
+        from bench.weights import load_tokenizer
+
+        if not self.setup.data:
+            return random_data(self.setup, self.model)
+        return load_run_data(self.setup, load_tokenizer(self.setup))
+
+    def take_steps(self) -> None:
+        """Warm-up, then the timed steps; on CUDA their peaks come along at no cost."""
+        if self.live is None:
+            self.step.phase = self.meter
+        self.phase("warmup")
+        reset_peak_rss()
+        for _ in range(self.job.num_warmup):
+            self.timed_step()
+        gc.collect()
+        self.phase("steps")
+        for _ in range(self.job.num_steps):
+            self.timed_step()
+        resident_bytes = self.read_host_peak()
+        if self.live is not None:
+            self.emit("memory", device_used_bytes=resident_bytes)
+
+    def timed_step(self) -> None:
+        """One optimizer step by the wall's and by the processors' clock, with nothing else inside."""
+        batch = self.data.step_batch(self.step.num_steps_done, self.device)
+        self.synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = self.step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
+        self.synchronize()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        self.emit("step", wall_s=wall, cpu_s=cpu, num_tokens=batch.num_tokens, loss=float(result.loss))
+        self.check_parent()
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock shows finished work."""
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self.device)
+
+    def measure_live_tensors(self) -> None:
+        """One more step on the CPU with its tensors counted; counting costs time, so this one isn't timed."""
+        assert self.live is not None
+        if self.setup.compile:
+            self.emit("note", text="compiled layers hide their tensors: no tensor-level peak on the CPU")
+            self.live = None
+            return
+        self.count_all_tensors()
+        self.step.phase = self.meter
+        batch = self.data.step_batch(self.step.num_steps_done, self.device)
+        with self.live:
+            self.step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
+
+    def evaluate_and_save(self) -> None:
+        """One batch of evaluation and one checkpoint, as they happen during training."""
+        from bench.evaluate import evaluate
+        from bench.step import no_phase
+
+        self.step.phase = no_phase
+        self.phase("eval")
+        with self.live or nullcontext(), self.meter("eval"):
+            evaluate(self.step, eval_examples(self.data), pad_id=self.data.pad_id)
+        self.phase("save")
+        with self.live or nullcontext(), self.meter("save"):
+            self.save()
+
+    def save(self) -> None:
+        """Write one checkpoint to a temporary folder, if the disk has room for it."""
+        from bench.build import trained_parameters
+        from bench.checkpoint import check_disk, save_checkpoint, tensor_bytes
+
+        weights = {name: p.detach() for name, p in trained_parameters(self.model).items()}
+        state = {"optimizer": self.optimizer.state_dict()}
+        with tempfile.TemporaryDirectory(prefix="finefit-bench-") as folder:
+            try:
+                check_disk(Path(folder), 2 * (tensor_bytes(weights) + tensor_bytes(state)))
+            except FinefitError as error:
+                self.emit("note", text=f"no checkpoint was written: {error}")
+                return
+            save_checkpoint(Path(folder), 1, weights, state)
+
+    def report_peaks(self) -> None:
+        """What the device's memory showed so far; on the CPU only once a step was counted."""
+        if self.live is not None and "backward" not in self.meter.phases:
+            return
+        peaks = {"peak_allocated_bytes": self.meter.peak_bytes, **self.counter.more_peaks()}
+        self.emit("memory", **peaks, phases=self.meter.phases)
+        for doubt in self.counter.doubts():
+            self.emit("note", text=doubt)
+
+    def read_host_peak(self) -> int:
+        """The highest resident set since the last reset, in bytes."""
+        resident_bytes = peak_rss_bytes() or 0
+        self.host_bytes = max(self.host_bytes, resident_bytes)
+        self.emit("memory", host_bytes=self.host_bytes)
+        return resident_bytes
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
