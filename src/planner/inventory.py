@@ -85,10 +85,24 @@ def take_inventory(setup: TrainSetup, model: ModelSpec) -> Inventory:
 
 
 def unquantised_width(setup: TrainSetup) -> int:
-    """Bytes per element of the weights that are not quantised."""
-    if setup.quant and setup.kbit_upcast:
+    """Bytes per element of the weights that are not quantised.
+
+    FSDP1 flattens a layer's parameters into one tensor of one dtype, which undoes the upcast.
+    """
+    if setup.quant and setup.kbit_upcast and setup.sharding != "fsdp1":
         return 4
     return DTYPE_BYTES[setup.weights_dtype]
+
+
+def trained_width(setup: TrainSetup) -> int:
+    """Bytes per element of the parameters that train.
+
+    FSDP keeps its shards in float32 under mixed precision and gathers them in 16 bits: accelerate upcasts
+    them (accelerate/utils/fsdp_utils.py), and torch's MixedPrecision policy expects it.
+    """
+    if setup.sharding in ("fsdp", "fsdp1") and setup.autocast:
+        return 4
+    return DTYPE_BYTES[setup.adapter_dtype if setup.uses_adapters else setup.weights_dtype]
 
 
 def trained_tensors(setup: TrainSetup, model: ModelSpec) -> Iterator[TrainedTensor]:
@@ -96,7 +110,7 @@ def trained_tensors(setup: TrainSetup, model: ModelSpec) -> Iterator[TrainedTens
     if not find_method(setup.method).trains_base:
         yield from _adapter_tensors(setup, model)
         return
-    width = DTYPE_BYTES[setup.weights_dtype]
+    width = trained_width(setup)
     yield TrainedTensor(model.embedding_params // model.hidden_size, model.hidden_size, 1, width)
     for layer in model.layers:
         for matrix in layer.matrices:
@@ -119,7 +133,7 @@ def _matrix_tensors(matrix: Matrix, count: int, width: int) -> Iterator[TrainedT
 
 
 def _adapter_tensors(setup: TrainSetup, model: ModelSpec) -> Iterator[TrainedTensor]:
-    width = DTYPE_BYTES[setup.adapter_dtype]
+    width = trained_width(setup)
     for layer, matrix in target_matrices(model, setup.targets):
         rank = adapter_rank(matrix, setup.rank)
         copies = layer.count * matrix.copies
@@ -156,6 +170,8 @@ def quantised_bytes(num_weights: int, rows: int, quant: str) -> int:
 
 
 def _weights(setup: TrainSetup, model: ModelSpec) -> int:
+    if find_method(setup.method).trains_base:
+        return model.num_params * trained_width(setup)
     width = unquantised_width(setup)
     if not setup.quant:
         return model.num_params * width

@@ -150,15 +150,16 @@ class MemoryModel:
             states = 0.0
         terms = dict.fromkeys(ALLOCATED_TERMS, 0.0)
         terms |= {"weights": base, "adapters": adapters, "optimizer": states}
-        terms["workspace"] = self._workspace + self._communication_bytes()
+        terms["workspace"] = self._workspace
         return terms
 
-    def _communication_bytes(self) -> float:
-        """Gathered weights and buckets that exist through forward and backward."""
+    def communication_bytes(self) -> float:
+        """Gathered weights and buckets that exist through forward and backward, not in the optimizer's step."""
         inv, how = self.inventory, self.strategy
         if self._ranks == 1:
             return 0.0
         gathered = how.gathered_groups * inv.largest_layer_bytes
+        gathered += inv.root_bytes if how.gathered_groups else 0
         bucket = min(how.bucket_elements, inv.trained_params) * DTYPE_BYTES[self.setup.weights_dtype]
         return gathered + bucket + how.gradient_copies * inv.gradients_bytes
 
@@ -219,7 +220,7 @@ class _Step:
             if not self.is_checkpointed:
                 for name, size in zip(CATEGORIES, block.memory.saved, strict=True):
                     kept[name] += count * evaluate(size, self.tokens, self.seq_len)
-        kept["workspace"] += self._autocast_copies()
+        kept["workspace"] += self._autocast_copies() + self.owner.communication_bytes()
         return kept
 
     def _autocast_copies(self) -> float:
@@ -288,7 +289,10 @@ class _Step:
 
     def _only_first(self, block: _Block) -> dict[str, float]:
         kept = self.is_checkpointed or block.memory.saves_input
-        return {"activations": self.stream if kept else 0.0}
+        return {
+            "activations": self.stream if kept else 0.0,
+            "workspace": self.owner.communication_bytes(),
+        }
 
     def _shard_grads(self, peak: dict[str, float]) -> dict[str, float]:
         """Gradients that were made within a block: freed at once under an optimizer in the backward."""

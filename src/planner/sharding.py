@@ -15,8 +15,9 @@ ZERO_BUCKET_ELEMENTS = 500_000_000
 class Strategy:
     """Which of the training state is split over the ranks.
 
-    `gathered_groups`: copies of one layer's whole parameters alive at once (FSDP2: the flat all-gather buffer,
-    the parameters copied out of it, and the next layer's prefetched buffer).
+    `gathered_groups`: copies of one layer's whole parameters alive at once (the layer at work, the next one's
+    prefetched buffer, and the flat buffer that is being copied out); the root group, which holds everything
+    outside the layers, stays gathered beside them.
     `gradient_copies`: whole copies of the gradients beside them (DDP's reduce buckets).
     `bucket_elements`: size of a communication bucket, bounded by what there is to communicate.
     `splits_layers`: layers are divided over the cards, one after the other (naive pipeline).
@@ -75,7 +76,7 @@ STRATEGIES: dict[str, Strategy] = {
             shards_weights=True,
             shards_gradients=True,
             shards_optimizer=True,
-            gathered_groups=2.0,
+            gathered_groups=3.0,
         ),
         Strategy(
             name="device_map",
