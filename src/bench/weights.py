@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,14 @@ _PACKAGES: Mapping[str, _Package] = {
 }
 """Models that need no hub, by the last part of their hub id."""
 
-_CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-_WEIGHT_FILES = ["*.safetensors"]
+_TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_FILES = {
+    "config": _TEXT_FILES,
+    "tokenizer": _TEXT_FILES,
+    "weights": (*_TEXT_FILES, "*.safetensors"),
+}
+"""What is downloaded for what is needed."""
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 def local_model(
@@ -55,9 +61,9 @@ def local_model(
     `revision` is of the hub; `cache_dir` replaces finefit's own cache; without `needs_weights` a folder with a
     config.json alone will do. Raises FinefitError in one line, UnknownNameError with the nearest names.
     """
-    files = _CONFIG_FILES + (_WEIGHT_FILES if needs_weights else [])
-    folder = _find(name_or_folder, revision, cache_dir or user_cache(), files)
-    fault = _fault(folder, needs_weights)
+    needs = "weights" if needs_weights else "config"
+    folder = _find(name_or_folder, revision, cache_dir or user_cache(), needs)
+    fault = _fault(folder, needs)
     if fault:
         raise FinefitError(f"{name_or_folder}: {fault} in {folder}")
     return folder
@@ -75,7 +81,7 @@ def load_tokenizer(setup: TrainSetup) -> Any:
     if not isinstance(source, str) or not source:
         raise UsageError("an inline config.json brings no tokenizer: set tokenizer to a name or a folder")
     revision = None if setup.tokenizer else setup.revision
-    folder = _find(source, revision, user_cache(), _CONFIG_FILES)
+    folder = _find(source, revision, user_cache(), "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -89,20 +95,20 @@ def load_tokenizer(setup: TrainSetup) -> Any:
     return tokenizer
 
 
-def _find(name: str, revision: str | None, cache_dir: Path, files: list[str]) -> Path:
+def _find(name: str, revision: str | None, cache_dir: Path, needs: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return trainable_folder(path, cache_dir)
     if path.is_dir():
         return _in_folder(path, cache_dir)
-    hub_id = name if "/" in name else _hub_id(name)
-    cached = _cached_snapshot(hub_id, revision, needs_weights=_WEIGHT_FILES[0] in files)
-    if cached is not None:
-        return cached
+    hub_id = _hub_id(name)
+    config = hub.cached_config(hub_id, revision)
+    if config is not None and not _fault(config.parent, needs):
+        return config.parent
     package = _PACKAGES.get(hub_id.rpartition("/")[2].lower())
     if package is not None and importlib.util.find_spec(package.module):
         return trainable_folder(_packaged_gguf(package), cache_dir)
-    return _download(hub_id, revision, files, f"; or {package.install}" if package else "")
+    return _download(hub_id, revision, _FILES[needs], f"; or {package.install}" if package else "")
 
 
 def _in_folder(folder: Path, cache_dir: Path) -> Path:
@@ -116,12 +122,17 @@ def _in_folder(folder: Path, cache_dir: Path) -> Path:
 
 
 def _hub_id(name: str) -> str:
+    """The hub id of a profile's name in any spelling; another hub id as it is, whether or not finefit knows
+    its architecture. Raises UnknownNameError.
+    """
     from planner.resolve import resolve_model
 
-    spec = resolve_model(name)
-    if spec.hub_id is None:
-        raise FinefitError(f"{name} has a profile but no hub id: give a folder with its weights")
-    return spec.hub_id
+    try:
+        return resolve_model(name).hub_id or name
+    except FinefitError:
+        if "/" in name:
+            return name
+        raise
 
 
 def _packaged_gguf(package: _Package) -> Path:
@@ -136,24 +147,19 @@ def _packaged_gguf(package: _Package) -> Path:
     return ggufs[0]
 
 
-def _cached_snapshot(hub_id: str, revision: str | None, needs_weights: bool) -> Path | None:
-    config = hub.cached_config(hub_id, revision)
-    if config is None or _fault(config.parent, needs_weights):
-        return None
-    return config.parent
-
-
-def _fault(folder: Path, needs_weights: bool) -> str | None:
+def _fault(folder: Path, needs: str) -> str | None:
     """What a model folder lacks, in words."""
+    if needs == "tokenizer":
+        return None if any(any(folder.glob(name)) for name in _TOKENIZER_FILES) else "no tokenizer"
     if not (folder / "config.json").is_file():
         return "no config.json"
-    if not needs_weights:
-        return None
+    return _weights_fault(folder) if needs == "weights" else None
+
+
+def _weights_fault(folder: Path) -> str | None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(name for name in shards if not (folder / name).is_file())
-        return f"{missing[0]} is missing" if missing else None
+        return _missing_shard(index)
     if any(folder.glob("*.safetensors")):
         return None
     pickled = next((p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix)), None)
@@ -162,13 +168,22 @@ def _fault(folder: Path, needs_weights: bool) -> str | None:
     return "no safetensors"
 
 
-def _download(hub_id: str, revision: str | None, files: list[str], hint: str) -> Path:
+def _missing_shard(index: Path) -> str | None:
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in shards if not (index.parent / name).is_file())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{index.name} is broken"
+    return f"{missing[0]} is missing" if missing else None
+
+
+def _download(hub_id: str, revision: str | None, files: Sequence[str], hint: str) -> Path:
     if hub.uses_modelscope():
         return _download_from_modelscope(hub_id, revision)
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files, token=_token()))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(files), token=_token()))
     except errors.HFValidationError as error:
         raise UsageError(f"{hub_id!r} is neither a folder nor a hub id{hint}") from error
     except Exception as error:
