@@ -29,11 +29,14 @@ LAYERS = (
     ("errors", "units", "specs", "tape", "stack", "sharding", "render", "dataset_formats"),
     ("files", "setup", "families", "hub", "gpu_names", "dimensions", "dataset_files", "optimizers"),
     ("index", "fields", "results", "methods", "hf_config", "dataset", "blocks", "layers"),
-    ("catalog", "card_prices", "resolve", "planfile", "recipes", "inventory", "checks"),
+    ("catalog", "card_prices", "resolve", "planfile", "recipes", "inventory", "checks", "cases"),
     ("memory", "throughput", "uncertainty"),
     ("estimate",),
-    ("search", "export"),
-    ("render_estimate", "facts", "cli_options"),
+    ("search", "fits", "accuracy", "export"),
+    ("needs", "facts", "render_estimate", "cli_options"),
+    ("render_tables", "cli_accuracy"),
+    ("cli_tables",),
+    ("cli_plan",),
     ("cli",),
 )
 """planner from the bottom up. A module may import from layers below its own, and never from its own layer."""

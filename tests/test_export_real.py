@@ -11,71 +11,23 @@ from pathlib import Path
 import pytest
 import yaml
 
+from planner.dataset_formats import FORMATS, detect
 from planner.export import find_format
 from planner.setup import TrainSetup
 from test_export import SETUPS, can_export, constants
+from tiny_llama import save_tiny_model, write_rows
 
 pytestmark = pytest.mark.train
-
-WORDS = (
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "what",
-    "is",
-    "the",
-    "cat",
-    "it",
-    "blue",
-    "red",
-    "user",
-    "assistant",
-    ":",
-    "?",
-)
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ ' </s>' }}{% endif %}{{ ' ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
-    """A llama of two layers with its tokenizer, as a folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = {word: number for number, word in enumerate(WORDS)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    colours = ("blue", "red")
-    lines = [{"question": "what is the cat ?", "answer": f"it is {colours[n % 2]}"} for n in range(40)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_rows(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -188,8 +140,32 @@ def test_deepspeed_and_trainer_take_the_same_file(name, tmp_path, monkeypatch):
     assert trainer_config.mismatches == []
 
 
-def tiny_setup(tiny_model: Path, rows: Path, **changes: object) -> TrainSetup:
-    defaults = {"micro_batch_size": 2, "grad_accum_steps": 2, "seq_len": 32, "max_steps": 2, "rank": 2}
+RECORDS = (
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "system": "s"},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {"instruction": "a", "input": "x", "output": "b", "history": [["c", "d"]], "system": "s"},
+    {"instruction": "a", "input": "", "output": "b", "history": []},
+    {"instruction": "a", "context": "x", "response": "b"},
+    {"prompt": "a", "completion": "b", "context": "not read"},
+    {"prompt": "a", "response": "b"},
+    {"question": "a", "answer": "b", "context": "not read"},
+)
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: "+".join(record))
+def test_the_script_reads_rows_as_finefit_does(record):
+    namespace: dict = {"__name__": "exported"}
+    exec(compile(find_format("trl").export(SETUPS["lora"], "cpu")["train.py"], "train.py", "exec"), namespace)
+    ours = [{"role": m.role, "content": m.content} for m in detect(record).parse(record)]
+    assert namespace["to_turns"](record) == ours
+
+
+def test_the_rows_cover_every_format_of_conversations():
+    assert {detect(record).name for record in RECORDS} == {f.name for f in FORMATS} - {"text"}
+
+
+def setup_of(tiny_model: Path, rows: Path, **changes: object) -> TrainSetup:
+    defaults = {"micro_batch_size": 2, "grad_accum_steps": 2, "seq_len": 64, "max_steps": 2, "rank": 2}
     return TrainSetup(model=str(tiny_model), data=str(rows), **{**defaults, **changes})
 
 
@@ -207,7 +183,7 @@ def tiny_setup(tiny_model: Path, rows: Path, **changes: object) -> TrainSetup:
 def test_the_script_builds_the_model_that_finefit_trains(changes, tiny_model, rows):
     from bench.build import build_model, inner_model
 
-    setup = tiny_setup(tiny_model, rows, checkpointing="none", **changes)
+    setup = setup_of(tiny_model, rows, checkpointing="none", **changes)
     namespace: dict = {"__name__": "exported"}
     exec(compile(find_format("trl").export(setup, "cpu")["train.py"], "train.py", "exec"), namespace)
     exported, ours = namespace["load_model"](), build_model(setup, weights=tiny_model)
@@ -231,7 +207,7 @@ def test_the_script_builds_the_model_that_finefit_trains(changes, tiny_model, ro
     ids=lambda changes: changes.get("method", "lora"),
 )
 def test_the_exported_script_trains(changes, tiny_model, rows, tmp_path):
-    setup = tiny_setup(tiny_model, rows, **changes)
+    setup = setup_of(tiny_model, rows, **changes)
     folder = tmp_path / "exported"
     folder.mkdir()
     for name, text in find_format("trl").export(setup, "cpu").items():
