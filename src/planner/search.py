@@ -2,8 +2,10 @@
 
 Order, from what a run gains to what it loses: LoRA before QLoRA (16-bit weights train more exactly and are
 faster) unless the user names a method; without activation checkpointing before with it (checkpointing
-computes each layer's forward twice); all logits at once before a chunked loss. Then the micro-batch grows by
-doubling up to the global batch, and accumulation fills the rest.
+computes each layer's forward twice); all logits at once before a chunked loss. A full fine-tune then gives up
+float32 weights, then AdamW's 16-bit states, then accumulation (each gradient is used and freed in the
+backward). Then the micro-batch grows by doubling up to the global batch, and accumulation fills the rest.
+Rows that fill less than half of a sequence are packed.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 from planner.errors import DoesNotFitError, SetupError
 from planner.estimate import Estimator, resolve
+from planner.methods import find_method
 from planner.recipes import precise_recipe, recipe
 from planner.results import Estimate, Plan, Rejected
 from planner.setup import TrainSetup
@@ -25,6 +28,18 @@ DEFAULT_GLOBAL_BATCH = 16
 DEFAULT_SEQ_LEN = 2048
 LENGTH_STEP = 64
 """Lengths are rounded up to a multiple of this."""
+FRUGAL_OPTIMIZERS: tuple[dict[str, Any], ...] = (
+    {"optimizer": "adamw-8bit"},
+    {
+        "optimizer": "paged-adamw-8bit",
+        "optimizer_in_backward": True,
+        "grad_accum_steps": 1,
+        "max_grad_norm": None,
+    },
+)
+"""What a full fine-tune gives up next where its states don't fit on one GPU."""
+PACKED_BELOW = 0.5
+"""Share of a sequence that the mean row fills, below which rows are packed."""
 METHODS = ("lora", "qlora")
 """Tried in this order; full fine-tuning only where it is asked for."""
 ENOUGH_TOKENS = 16_384
@@ -41,6 +56,16 @@ class DataLengths:
     p99: int
     longest: int
     source: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Shape:
+    """The batch: sequences per optimizer step over all GPUs, their length, and the reasons in words."""
+
+    seq_len: int
+    global_batch: int
+    is_packed: bool
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +86,19 @@ def plan(
     Raises DoesNotFitError with the smallest shortfall when nothing fits, SetupError for contradictory wishes.
     """
     model = resolve(TrainSetup(**_only(wishes, "model", "revision", "stack")))
-    seq_len, why_length = _length(wishes, model, lengths)
-    batch = _global_batch(wishes, global_batch)
+    shape = _shape(wishes, model, lengths, _global_batch(wishes, global_batch))
     rejected: list[Rejected] = []
     for candidate in _candidates(wishes, machine):
-        setup = TrainSetup(**{**candidate.fields, "seq_len": seq_len, "micro_batch_size": 1})
+        fixed = {"seq_len": shape.seq_len, "micro_batch_size": 1, "packing": shape.is_packed}
+        setup = TrainSetup(**{**candidate.fields, **fixed})
         try:
             estimator = Estimator(setup, machine, model)
         except SetupError as error:
             rejected.append(Rejected(label=candidate.label, reason=str(error), short_by_bytes=0))
             continue
-        estimate = _largest(estimator, wishes, batch, seq_len)
+        estimate = _largest(estimator, wishes, shape)
         if estimate.fit.verdict == "fits":
-            reasons = _reasons(candidate, estimate, rejected, why_length, batch)
+            reasons = _reasons(candidate, estimate, rejected, shape)
             return Plan(estimate=estimate, reasons=reasons, rejected=tuple(rejected))
         rejected.append(_rejection(candidate, estimate))
     raise _nothing_fits(machine, rejected)
@@ -81,6 +106,34 @@ def plan(
 
 def _only(wishes: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: wishes[name] for name in names if wishes.get(name) is not None}
+
+
+def _shape(
+    wishes: Mapping[str, Any], model: ModelSpec, lengths: DataLengths | None, global_batch: int
+) -> _Shape:
+    """Length and batch from the rows' lengths; a packed sequence takes the place of the rows that it holds."""
+    seq_len, why_length = _length(wishes, model, lengths)
+    if lengths is None or not _packs(wishes, lengths, seq_len):
+        return _Shape(
+            seq_len=seq_len,
+            global_batch=global_batch,
+            is_packed=bool(wishes.get("packing")),
+            reasons=(why_length,),
+        )
+    rows = seq_len / lengths.mean
+    sequences = max(1, round(global_batch / rows))
+    why_packed = (
+        f"packing: rows have {lengths.mean:.0f} tokens on average, so one sequence holds about {rows:.0f} of them "
+        f"and {sequences} per step stand for the {global_batch} rows per step"
+    )
+    return _Shape(seq_len=seq_len, global_batch=sequences, is_packed=True, reasons=(why_length, why_packed))
+
+
+def _packs(wishes: Mapping[str, Any], lengths: DataLengths, seq_len: int) -> bool:
+    """Whether to choose packing: rows are short, and the batch, the objective and the attention leave it open."""
+    open_fields = not any(name in wishes for name in ("packing", "micro_batch_size", "grad_accum_steps"))
+    can_pack = wishes.get("objective", "sft") in ("sft", "pretrain") and wishes.get("attention") != "eager"
+    return open_fields and can_pack and lengths.mean <= PACKED_BELOW * seq_len
 
 
 def _length(wishes: Mapping[str, Any], model: ModelSpec, lengths: DataLengths | None) -> tuple[int, str]:
@@ -110,6 +163,10 @@ def _global_batch(wishes: Mapping[str, Any], asked: int | None) -> int:
     return DEFAULT_GLOBAL_BATCH
 
 
+_VARIED = ("weights_dtype", "autocast", "optimizer", "optimizer_in_backward", "checkpointing", "loss")
+"""Fields that candidates differ in; one that contradicts the user's wish is no candidate."""
+
+
 def _candidates(wishes: Mapping[str, Any], machine: Machine) -> Iterator[_Candidate]:
     methods = (wishes["method"],) if "method" in wishes else METHODS
     for method in methods:
@@ -118,13 +175,19 @@ def _candidates(wishes: Mapping[str, Any], machine: Machine) -> Iterator[_Candid
                 for loss in ("full", "chunked"):
                     own = {**recipe_fields, "checkpointing": checkpointing, "loss": loss}
                     own |= _sharding(machine)
-                    if all(wishes.get(k, v) == v for k, v in own.items() if k in ("checkpointing", "loss")):
+                    if all(wishes.get(k, v) == v for k, v in own.items() if k in _VARIED):
                         yield _Candidate(_label({**own, **wishes}), {**own, **wishes})
 
 
 def _recipes(method: str, machine: Machine) -> list[dict[str, Any]]:
+    """Precision and optimizer, from the most exact to the smallest."""
     precise, small = precise_recipe(method, machine.gpu), recipe(method, machine.gpu)
-    return [precise] if precise == small else [precise, small]
+    if not find_method(method).trains_base:
+        return [small]
+    recipes = [precise] if precise == small else [precise, small]
+    if machine.gpu.bitsandbytes and machine.gpu.backend != "cpu" and machine.num_gpus == 1:
+        recipes += [{**small, **fields} for fields in FRUGAL_OPTIMIZERS]
+    return recipes
 
 
 def _sharding(machine: Machine) -> dict[str, Any]:
@@ -138,20 +201,25 @@ def _label(fields: Mapping[str, Any]) -> str:
     if fields.get("autocast"):
         parts.append(f"{fields['weights_dtype']} weights")
     parts.append("checkpointing" if fields["checkpointing"] == "full" else "no checkpointing")
+    if fields.get("optimizer") != "adamw-fused":
+        parts.append(
+            str(fields["optimizer"]) + (" in the backward" if fields.get("optimizer_in_backward") else "")
+        )
     if fields["loss"] != "full":
         parts.append(f"{fields['loss']} loss")
     return ", ".join(parts)
 
 
-def _largest(estimator: Estimator, wishes: Mapping[str, Any], global_batch: int, seq_len: int) -> Estimate:
+def _largest(estimator: Estimator, wishes: Mapping[str, Any], shape: _Shape) -> Estimate:
     """The largest micro-batch that fits, by doubling, with the accumulation that keeps the global batch."""
     ranks = estimator.setup.num_gpus
-    per_rank = max(1, global_batch // ranks)
+    per_rank, seq_len = max(1, shape.global_batch // ranks), shape.seq_len
     size = wishes.get("micro_batch_size", 1)
     if "micro_batch_size" not in wishes:
         while _may_double(size, per_rank, seq_len) and estimator.verdict(2 * size, seq_len) == "fits":
             size *= 2
-    accumulation = wishes.get("grad_accum_steps", max(1, per_rank // size))
+    in_backward = estimator.setup.optimizer_in_backward
+    accumulation = wishes.get("grad_accum_steps", 1 if in_backward else max(1, per_rank // size))
     setup = estimator.setup.with_(micro_batch_size=size, grad_accum_steps=accumulation)
     return Estimator(setup, estimator.machine, estimator.model).at(size, seq_len)
 
@@ -172,18 +240,19 @@ def _rejection(candidate: _Candidate, estimate: Estimate) -> Rejected:
 
 
 def _reasons(
-    candidate: _Candidate, estimate: Estimate, rejected: list[Rejected], why_length: str, global_batch: int
+    candidate: _Candidate, estimate: Estimate, rejected: list[Rejected], shape: _Shape
 ) -> tuple[str, ...]:
     setup = estimate.setup
     batch = f"micro-batch {setup.micro_batch_size} x {setup.grad_accum_steps} accumulation"
     if setup.num_gpus > 1:
         batch += f" x {setup.num_gpus} GPUs"
     first = "the first choice, and it fits" if not rejected else "the first that fits, in order of preference"
-    asked = "" if setup.global_batch_size == global_batch else f" (asked: {global_batch})"
+    wanted = shape.global_batch
+    asked = "" if setup.global_batch_size == wanted else f" (asked: {wanted})"
     return (
         f"{candidate.label}: {first}",
         f"{batch} = {setup.global_batch_size} sequences per step{asked}",
-        why_length,
+        *shape.reasons,
     )
 
 
