@@ -160,6 +160,15 @@ def test_the_script_reads_rows_as_finefit_does(record):
     assert namespace["to_turns"](record) == ours
 
 
+def test_a_tokenizer_without_a_template_is_given_the_same_one():
+    from bench import chat_template
+    from planner.export import _trl_script
+
+    assert chat_template.PLAIN_TEMPLATE == _trl_script.PLAIN_TEMPLATE
+    literals = constants(find_format("trl").export(SETUPS["lora"], "cpu")["train.py"])
+    assert literals["PLAIN_TEMPLATE"] == chat_template.PLAIN_TEMPLATE
+
+
 def test_the_rows_cover_every_format_of_conversations():
     assert {detect(record).name for record in RECORDS} == {f.name for f in FORMATS} - {"text"}
 

@@ -93,6 +93,22 @@ def load_rows():
     return read_table().select_columns("text")
 """
 
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+"""What finefit's own run gives a tokenizer that has no chat template; a test keeps the two equal."""
+
+TEMPLATE = """\
+def give_template(tokenizer):
+    if not tokenizer.chat_template:
+        begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
+"""
+
 SPLIT = '''\
 def split(rows):
     """(train, held out); not the same rows that finefit holds out."""
@@ -141,7 +157,7 @@ def main():
     args = SFTConfig(**yaml.safe_load((here / "sft_config.yaml").read_text(encoding="utf-8")))
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER, revision=TOKENIZER_REVISION)
-    train_rows, eval_rows = {rows}
+{template}    train_rows, eval_rows = {rows}
     trainer = SFTTrainer(
         model=load_model(),
         args=args,

@@ -142,11 +142,13 @@ def _checkpointing(setup: TrainSetup) -> dict[str, Any]:
 
 def _train_script(setup: TrainSetup) -> str:
     call = find_method(setup.method).peft_config(setup)
+    is_chat = setup.objective == "sft"
     parts = [
         script.HEAD.format(start=_start(setup), imports=_imports(setup, call)),
         _constants(setup, call),
         script.READ_TABLE,
-        script.SFT_ROWS if setup.objective == "sft" else script.TEXT_ROWS,
+        script.SFT_ROWS if is_chat else script.TEXT_ROWS,
+        script.TEMPLATE if is_chat else "",
         script.SPLIT if setup.eval_fraction else "",
         script.LOAD_MODEL.format(body=_load_model_body(setup, call)),
         _main(setup),
@@ -197,6 +199,7 @@ def _constants(setup: TrainSetup, call: PeftCall | None) -> str:
     values |= {"EVAL_FRACTION": setup.eval_fraction} if setup.eval_fraction else {}
     values |= {"QUANTISATION": quantisation(setup)} if setup.quant else {}
     values |= {"ADAPTER": call[1]} if call else {}
+    values |= {"PLAIN_TEMPLATE": script.PLAIN_TEMPLATE} if setup.objective == "sft" else {}
     values |= {"NUM_GPUS": setup.num_gpus} if setup.sharding == "device_map" else {}
     notes = [f"#   {', '.join(names)}: {why}" for why, names in by_reason(left_out(setup)).items()]
     notes = ["# What this script does otherwise than planned:", *notes] if notes else []
@@ -263,6 +266,7 @@ def _load_model_body(setup: TrainSetup, call: PeftCall | None) -> str:
 def _main(setup: TrainSetup) -> str:
     return script.MAIN.format(
         gpu_check=script.GPU_CHECK if setup.sharding == "device_map" else "",
+        template="    give_template(tokenizer)\n" if setup.objective == "sft" else "",
         rows="split(load_rows())" if setup.eval_fraction else "load_rows(), None",
     )
 
