@@ -14,10 +14,9 @@ from unittest import mock
 import torch
 from torch.nn import functional
 
-aten = torch.ops.aten
+from bench.trace.attention import attention
 
-MAX_FLASH_HEAD_DIM = 256
-"""Largest head that the flash kernel takes (sdp_utils.cpp, check_head_dim_size_flash)."""
+aten = torch.ops.aten
 
 
 @contextmanager
@@ -29,117 +28,6 @@ def cuda_rules(*, autocast: bool) -> Iterator[None]:
         if autocast:
             stack.enter_context(cuda_autocast())
         yield
-
-
-# --- attention (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp chooses the kernel)
-
-
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """scaled_dot_product_attention by the kernel that CUDA (compute capability 8.0 and up) would choose.
-
-    query [batch, heads, tokens, head_dim]; key and value may have fewer heads with `enable_gqa`.
-    """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    head_dim = query.shape[-1]
-    is_flash = attn_mask is None and query.dtype != torch.float32 and head_dim <= MAX_FLASH_HEAD_DIM
-    out: torch.Tensor
-    if is_flash and value.shape[-1] == head_dim:
-        out = FlashAttention.apply(query, key, value)
-    elif key.shape[1] == query.shape[1]:
-        bias = None if attn_mask is None else _as_bias(attn_mask, query.dtype)
-        out = EfficientAttention.apply(query, key, value, bias)
-    else:
-        # The memory-efficient kernel takes no grouped heads: torch falls back to plain matrix products.
-        out = aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-        )[0]
-    return out
-
-
-def _as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A bool mask becomes an additive one (attention.cpp, convert_boolean_attn_mask)."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
-
-
-def round_up(number: int, multiple: int) -> int:
-    """The next multiple of `multiple`."""
-    return -(-number // multiple) * multiple
-
-
-class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
-    """FlashAttention 2's storages, of torch's kernel and of the flash-attn package (csrc/flash_attn/flash_api.cpp).
-
-    Saved: query, key, value, the output and a float32 log-sum-exp [batch, heads, tokens]. The output is laid out
-    [batch, tokens, heads, head_dim].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """All [batch, heads, tokens, head_dim]."""
-        batch, heads, tokens, head_dim = query.shape
-        out = torch.empty((batch, tokens, heads, head_dim), dtype=query.dtype).transpose(1, 2)
-        logsumexp = torch.empty((batch, heads, tokens), dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, logsumexp)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """While it runs: the row sums, a float32 accumulator of dq, and unreduced dk and dv for grouped heads."""
-        query, key, value, _, _ = ctx.saved_tensors
-        batch, heads, tokens, head_dim = query.shape
-        rows = round_up(tokens, 128)
-        columns = round_up(head_dim, 32 if head_dim <= 128 else 64)
-        d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))
-        held = [
-            torch.empty((batch, heads, rows), dtype=torch.float32),
-            torch.empty((batch, rows, heads, columns), dtype=torch.float32),
-        ]
-        if key.shape[1] != heads:
-            held += [torch.empty((batch, key.shape[2], heads, head_dim), dtype=key.dtype) for _ in range(2)]
-        del held
-        return d_query, d_key, d_value
-
-
-class EfficientAttention(torch.autograd.Function):  # type: ignore[misc]
-    """The memory-efficient kernel's storages (mem_eff_attention; attention_backward.cu): any mask, any dtype.
-
-    Saved: query, key, value, the bias, the output and a float32 log-sum-exp padded to 32 tokens.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """All [batch, heads, tokens, head_dim]; `bias` can be broadcast to [batch, heads, tokens, tokens]."""
-        batch, heads, tokens, _ = query.shape
-        out = torch.empty((batch, tokens, heads, value.shape[-1]), dtype=query.dtype).transpose(1, 2)
-        logsumexp = torch.empty((batch, heads, round_up(tokens, 32)), dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, bias, out, logsumexp)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """While it runs: the row sums and, in 16 bits, a float32 accumulator of dq."""
-        query, key, value, _, _, logsumexp = ctx.saved_tensors
-        d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))
-        held = [torch.empty_like(logsumexp)]
-        if query.dtype != torch.float32:
-            held.append(torch.empty(query.shape, dtype=torch.float32))
-        del held
-        return d_query, d_key, d_value, None
 
 
 # --- dropout and softmax

@@ -94,6 +94,13 @@ class Recording:
             total += self._sizes[event] if event >= 0 else -self._sizes[~event]
             yield total
 
+    def requests(self) -> Iterator[tuple[int, int]]:
+        """The run as the device's allocator sees it: (number, bytes) allocates, (number, -1) frees."""
+        for event in self.events:
+            storage = self.storages[event if event >= 0 else ~event]
+            if self._sizes[storage.number]:
+                yield storage.number, storage.num_bytes if event >= 0 else -1
+
     def peaks(self, step: int) -> dict[Place, Peak]:
         """The peak at each place of optimizer step `step` (0: building and loading).
 
