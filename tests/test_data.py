@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,7 @@ TEMPLATES = {
         "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     ),
+    "two end tokens": CHATML.replace("'<|im_end|>'", "'<|end|><|im_end|>'"),
     "plain": PLAIN_TEMPLATE,
 }
 SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -75,9 +78,15 @@ def make_tokenizer() -> Maker:
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {word: number for number, word in enumerate([*SPECIAL, *alphabet, "Ġt", "he", "Ġthe"])}
 
-    def make(template: str | None = CHATML, *, adds_bos: bool = False, eos: str | None = "<|im_end|>") -> Any:
+    def make(
+        template: str | None = CHATML,
+        *,
+        adds_bos: bool = False,
+        eos: str | None = "<|im_end|>",
+        special: Sequence[str] = SPECIAL,
+    ) -> Any:
+        vocab = {word: number for number, word in enumerate([*special, *alphabet, "Ġt", "he", "Ġthe"])}
         raw = Tokenizer(models.BPE(vocab=vocab, merges=[("Ġ", "t"), ("h", "e"), ("Ġt", "he")]))
         raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         raw.decoder = decoders.ByteLevel()
@@ -88,7 +97,7 @@ def make_tokenizer() -> Maker:
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=raw, bos_token="<s>", eos_token=eos, pad_token=eos
         )
-        tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+        tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
         tokenizer.chat_template = template
         return tokenizer
 
@@ -132,7 +141,7 @@ def test_every_answer_and_its_end_train_and_nothing_else(
         ends_with_next_turn = "<|user|>" in template or "<|{{" in template
         is_last = number == len(answers) - 1
         end = "<|user|>" if ends_with_next_turn and not is_last else "<|im_end|>"
-        assert stretch == answer + end
+        assert stretch == answer + ("<|end|>" if "<|end|>" in template else "") + end
 
 
 @pytest.mark.parametrize("name", [n for n in TEMPLATES if n not in ("inst", "no generation prompt")])
@@ -162,6 +171,20 @@ def test_cut_thoughts_are_not_looked_for(make_tokenizer: Maker) -> None:
     assert trained_texts(tokenizer, example) == ["b<|im_end|>", "<think>y</think>d<|im_end|>"]
 
 
+def test_cut_thoughts_are_counted(make_tokenizer: Maker) -> None:
+    rows = [conversation("a", "<think>why</think>b", "c", "d"), conversation("a", "<think>why</think>b")]
+    tokenizer = make_tokenizer(TEMPLATES["thoughts cut from earlier turns"])
+    assert tokenize_rows(rows, tokenizer, seq_len=4096).facts.num_cut_thought_rows == 1
+
+
+def test_a_marker_that_marks_something_else_is_not_believed(make_tokenizer: Maker) -> None:
+    marked = "{% generation %}{% endgeneration %}"
+    tokenizer = make_tokenizer(CHATML.replace("{% endfor %}", marked + "{% endfor %}"))
+    result = tokenize_rows([conversation("Hi", "Hello!")], tokenizer, seq_len=4096)
+    assert trained_texts(tokenizer, result.examples[0]) == ["Hello!<|im_end|>"]
+    assert result.facts.spans == ("prefix",)
+
+
 def test_a_block_that_the_template_adds_before_the_answer_is_learned(make_tokenizer: Maker) -> None:
     template = CHATML.replace(
         "+ m['content'] +", "+ ('<think></think>' if m['role'] == 'assistant' else '') + m['content'] +"
@@ -169,6 +192,34 @@ def test_a_block_that_the_template_adds_before_the_answer_is_learned(make_tokeni
     tokenizer = make_tokenizer(template)
     [example] = tokenize_rows([conversation("a", "think")], tokenizer, seq_len=4096).examples
     assert trained_texts(tokenizer, example) == ["<think></think>think<|im_end|>"]
+
+
+def published_templates() -> list[Path]:
+    trl = importlib.util.find_spec("trl")
+    return sorted(Path(trl.origin).parent.glob("chat_templates/*.jinja")) if trl and trl.origin else []
+
+
+@pytest.mark.skipif(not published_templates(), reason="needs trl, which carries templates of many models")
+def test_templates_of_published_models(make_tokenizer: Maker) -> None:
+    """Every answer trains whole with a token that ends it, and no user's word does; or an error says why not.
+
+    The models' own control tokens are told by their look. A published training template may mark more.
+    """
+    refused = []
+    for path in published_templates():
+        template = path.read_text(encoding="utf-8")
+        found = set(re.findall(r"<[|｜][^<>]{1,40}[|｜]>|<[a-z_]*end_of[a-z_]*>|<turn[|]>", template))
+        tokenizer = make_tokenizer(template, special=[*SPECIAL, *sorted(found - set(SPECIAL))])
+        row = conversation("First question", "Hello!", "Second question", "Bye 2")
+        try:
+            [example] = tokenize_rows([row], tokenizer, seq_len=100_000).examples
+        except DataError as error:
+            refused.append(f"{path.stem}: {error}")
+            continue
+        trained = "".join(trained_texts(tokenizer, example))
+        assert re.search(r"Hello!\s*<.*Bye 2\s*<", trained, re.DOTALL), path.stem
+        assert "question" not in trained, path.stem
+    assert len(refused) <= len(published_templates()) // 10, refused
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)

@@ -32,8 +32,7 @@ PLAIN_TEMPLATE = (
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = "TURNPLACEHOLDER"
-
-
+_THOUGHTS_END = "</think>"
 _LOST = "the answers can't be found in what the chat template writes"
 
 
@@ -45,12 +44,14 @@ class TemplateError(Exception):
 class Rendered:
     """A conversation as the model sees it; `answers` are the spans that the assistant writes, in order.
 
-    An answer's end token may lie inside its span or just behind it.
+    An answer's end token may lie inside its span or just behind it. `cuts_thoughts`: the template left out what
+    an answer holds before </think>, as many do in earlier turns.
     """
 
     text: str
     answers: tuple[Span, ...]
     method: str
+    cuts_thoughts: bool
 
 
 def ensure_template(tokenizer: Any) -> str:
@@ -76,7 +77,7 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> Rendered:
             failures.append(str(error))
             continue
         if found is not None:
-            return Rendered(found[0], tuple(found[1]), method)
+            return Rendered(found[0], tuple(found[1]), method, _cuts_thoughts(found[0], turns))
     raise TemplateError(failures[-1])
 
 
@@ -96,6 +97,22 @@ def render_text(
     return text
 
 
+def _answers(turns: Sequence[dict[str, str]]) -> list[str]:
+    return [turn["content"] for turn in turns if turn["role"] == "assistant"]
+
+
+def _without_thoughts(content: str) -> str:
+    return content.rpartition(_THOUGHTS_END)[2].strip()
+
+
+def _cuts_thoughts(text: str, turns: Sequence[dict[str, str]]) -> bool:
+    """Whether the text misses what an answer holds before its end of thoughts."""
+    thoughts = [
+        content.rpartition(_THOUGHTS_END)[0].rpartition("<think>")[2].strip() for content in _answers(turns)
+    ]
+    return not all(thought in text for thought in thoughts)
+
+
 _Found = tuple[str, list[Span]]
 
 
@@ -112,9 +129,20 @@ def _find_by_marker(tokenizer: Any, turns: Sequence[dict[str, str]]) -> _Found |
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    if rendered[0] != text:
-        raise TemplateError("the chat template writes another text when it marks the answers")
+    answered = "".join(text[start:end] for start, end in spans[0])
+    if rendered[0] != text or not _holds_in_order(answered, [_without_thoughts(c) for c in _answers(turns)]):
+        raise TemplateError(_LOST)
     return text, [(start, end) for start, end in spans[0]]
+
+
+def _holds_in_order(text: str, parts: Sequence[str]) -> bool:
+    at = 0
+    for part in parts:
+        found = text.find(part, at)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return True
 
 
 def _find_by_prefix(tokenizer: Any, turns: Sequence[dict[str, str]]) -> _Found | None:
@@ -166,7 +194,8 @@ def _find_by_search(tokenizer: Any, turns: Sequence[dict[str, str]]) -> _Found |
 _FORMS: tuple[Callable[[str], str], ...] = (
     lambda content: content,
     str.strip,
-    lambda content: content.rpartition("</think>")[2].strip(),
+    lambda content: content.rpartition(_THOUGHTS_END)[2],
+    _without_thoughts,
 )
 """How templates write a turn's content: as it is, without blanks around it, without the thoughts."""
 

@@ -58,7 +58,7 @@ class TokenFacts:
     `num_truncated_rows` lost tokens at seq_len, `num_lost_answer_tokens` of them trained ones; `num_dropped_rows` of
     these rows had no trained token left. In pretraining, long texts are cut into several examples
     (`num_split_rows`) and lose at most a last single token. `num_control_token_rows` hold the text of a control token such as
-    <|im_end|>, which the tokenizer reads as one.
+    <|im_end|>, which the tokenizer reads as one; in `num_cut_thought_rows` the template left out thoughts.
     """
 
     num_rows: int
@@ -70,6 +70,7 @@ class TokenFacts:
     num_dropped_rows: int
     num_split_rows: int
     num_control_token_rows: int
+    num_cut_thought_rows: int
     template: str
     template_sha256: str
     spans: tuple[str, ...]
@@ -259,6 +260,7 @@ def _facts(results: Sequence[_Result], template: str, tokenizer: Any) -> TokenFa
         num_dropped_rows=sum(not e for _, e in results),
         num_split_rows=sum(len(e) > 1 for _, e in results),
         num_control_token_rows=sum(document.has_control_tokens for document in found),
+        num_cut_thought_rows=sum(document.cuts_thoughts for document in found),
         template=template,
         template_sha256=hashlib.sha256(written.encode()).hexdigest(),
         spans=tuple(sorted({document.method for document in found})),

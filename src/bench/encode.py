@@ -30,6 +30,7 @@ class Document:
     ends: tuple[int, ...]
     method: str
     has_control_tokens: bool
+    cuts_thoughts: bool = False
 
 
 def documents(rows: Sequence[Row], tokenizer: Any, objective: str) -> Iterator[Document]:
@@ -88,7 +89,12 @@ def _encode_answers(rows: Sequence[Row], tokenizer: Any, facts: _TokenizerFacts)
         if len(trained) > len(ids):
             ids = [*ids, facts.eos_id]
         yield Document(
-            np.array(ids, dtype=np.int32), trained, ends, chat.method, facts.has_control_tokens(row)
+            ids=np.array(ids, dtype=np.int32),
+            trained=trained,
+            ends=ends,
+            method=chat.method,
+            has_control_tokens=facts.has_control_tokens(row),
+            cuts_thoughts=chat.cuts_thoughts,
         )
 
 
@@ -170,10 +176,20 @@ def _end_place(
     while inner > first and blank[inner]:
         inner -= 1
     if ids[inner] in facts.end_ids:
-        return inner
+        return _through_eos(ids, inner, facts)
     outer = last + 1
     while outer < len(ids) and blank[outer]:
         outer += 1
     if outer == len(ids):
         return None if facts.eos_id is None else outer
-    return outer if ids[outer] in facts.end_ids else None
+    return _through_eos(ids, outer, facts) if ids[outer] in facts.end_ids else None
+
+
+def _through_eos(ids: list[int], at: int, facts: _TokenizerFacts) -> int:
+    """The tokenizer's own end token where it ends the run of control tokens that begins at `at`, else `at`."""
+    end = at
+    while end < len(ids) and ids[end] in facts.end_ids:
+        if ids[end] == facts.eos_id:
+            return end
+        end += 1
+    return at
