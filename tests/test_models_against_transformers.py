@@ -8,6 +8,7 @@ from family_configs import CONFIGS, label
 from planner.families import family, model_types
 from planner.hf_config import model_spec
 from planner.layers import adapter_params, quantised_matrices
+from planner.resolve import profile_spec, profiles
 from real_shapes import build_real, differences, real_shapes, spec_shapes
 
 pytestmark = pytest.mark.train
@@ -47,6 +48,27 @@ def test_every_family_that_transformers_can_build_is_held_against_it():
 def test_the_layers_are_those_of_the_real_model(config):
     real = real_shapes(build_real(config))
     assert differences(real, spec_shapes(model_spec(config))) == []
+
+
+def every_profile():
+    """The first profile of each family at once, all others in the slow tier; remote code is never run."""
+    seen = set()
+    for name, entry in profiles():
+        kind = entry["config"]["model_type"]
+        if not entry.get("remote_code"):
+            yield pytest.param(name, marks=[pytest.mark.slow] if kind in seen else [])
+            seen.add(kind)
+
+
+@pytest.mark.parametrize("name", list(every_profile()))
+def test_a_profile_is_the_real_model(name):
+    spec = profile_spec(name)
+    config = dict(spec.config)
+    if spec.architecture == "encoder-decoder":
+        # Built without weights, T5 ties always; from_pretrained unties it where the file has two matrices.
+        config["tie_word_embeddings"] = True
+        spec = model_spec(config)
+    assert differences(real_shapes(build_real(config)), spec_shapes(spec)) == []
 
 
 @every_config

@@ -44,7 +44,7 @@ def parse(expression: str) -> tuple[Term, ...]:
 
 
 class Dimensions(dict[str, int]):
-    """Dimension -> its size, each read from config.json when first asked for.
+    """Dimension, or expression of dimensions, -> its size; each is worked out when first asked for.
 
     `where` names the file in errors; a missing or absurd field raises ConfigError.
     """
@@ -54,20 +54,22 @@ class Dimensions(dict[str, int]):
         self.config, self.family, self.where = config, family, where
 
     def __missing__(self, name: str) -> int:
-        self[name] = value = self._read(name)
+        if name.isidentifier():
+            value = self._read(name)
+        else:
+            value = sum(sign * self._product(factors) for sign, factors in parse(name))
+        self[name] = value
         return value
 
     def evaluate(self, expression: str | int) -> int:
         """The value of an expression of families.toml; ConfigError where a division is not exact."""
-        if not isinstance(expression, str):
-            return int(expression)
-        return sum(sign * self._product(factors) for sign, factors in parse(expression))
+        return self[expression] if isinstance(expression, str) else int(expression)
 
     def require(self, expression: str | int) -> int:
         """The same for a width, which has to be positive."""
         value = self.evaluate(expression)
         if value < 1:
-            raise ConfigError(f"{self.where}: {expression} = {value}, which has to be at least 1")
+            raise self.error(f"{expression} = {value}, which has to be at least 1")
         return value
 
     def error(self, message: str) -> ConfigError:

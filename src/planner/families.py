@@ -7,29 +7,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.errors import NotModelledError, ProfileError, nearest_names
+from planner.index import raw_profiles
 
 Family = Mapping[str, Any]
 """An entry of families.toml with everything that it inherits; the file's head explains its keys."""
 
 
-@functools.cache
-def _raw() -> Mapping[str, Any]:
-    import tomllib
-    from pathlib import Path
-
-    folder = Path(__file__).parents[2] / "profiles" / "models"
-    return {path.stem: tomllib.loads(path.read_text()) for path in sorted(folder.glob("*.toml"))}
+FAMILIES = "families"
+"""The one file of profiles/models that holds families and blocks; every other file holds models."""
 
 
 def raw_models() -> Mapping[str, Mapping[str, Any]]:
     """The model profiles by file."""
-    return {stem: models for stem, models in _raw().items() if stem != "families"}
+    return {stem: models for stem, models in raw_profiles("models").items() if stem != FAMILIES}
 
 
 @functools.cache
 def model_types() -> tuple[str, ...]:
     """Every model_type that has a family."""
-    return tuple(name for name in _raw()["families"]["family"] if name != "base")
+    return tuple(name for name in raw_profiles("models")[FAMILIES]["family"] if name != "base")
 
 
 @functools.cache
@@ -38,7 +34,7 @@ def family(model_type: str) -> Family:
 
     Raises NotModelledError: out of scope by name, or with the nearest families.
     """
-    entry: Family | None = _raw()["families"]["family"].get(model_type)
+    entry: Family | None = raw_profiles("models")[FAMILIES]["family"].get(model_type)
     if entry is None:
         raise NotModelledError(_why_not(model_type))
     parent = entry.get("like")
@@ -48,7 +44,7 @@ def family(model_type: str) -> Family:
 def block(name: str) -> Mapping[str, Any]:
     """A named block of families.toml: its matrices and its `vectors` expression."""
     try:
-        found: Mapping[str, Any] = _raw()["families"]["block"][name]
+        found: Mapping[str, Any] = raw_profiles("models")[FAMILIES]["block"][name]
     except KeyError:
         raise ProfileError(f"families.toml: no block {name!r}") from None
     return found
@@ -64,7 +60,7 @@ def merge(base: Family, entry: Family) -> Family:
 
 
 def _why_not(model_type: str) -> str:
-    for kind, names in _raw()["families"]["out_of_scope"].items():
+    for kind, names in raw_profiles("models")[FAMILIES]["out_of_scope"].items():
         if model_type in names:
             hint = ": the text part can be given as its own config" if kind == "vision-language" else ""
             return f"model_type {model_type!r}: {kind} models are out of scope{hint}"

@@ -252,7 +252,7 @@ def _matrices(entries: Iterable[Mapping[str, Any]], dims: Dimensions) -> Iterato
             role=entry["role"],
             in_features=dims.require(rows),
             out_features=dims.require(columns),
-            bias=bool(dims.evaluate(entry.get("bias", 0))),
+            bias="bias" in entry and bool(dims.evaluate(entry["bias"])),
             copies=dims["experts"] if routed else dims.require(entry.get("copies", 1)),
             token_share=dims["top_k"] / dims["experts"] if routed else 1.0,
             kind=entry.get("kind", "parameter" if routed else dims.family["linear_kind"]),

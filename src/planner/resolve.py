@@ -16,7 +16,8 @@ from planner.hf_config import model_spec
 from planner.specs import ModelSpec
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_TEXT_FACTS = ("license", "commercial", "source")
+_LONGEST_NAME = 100
+_TEXT_FACTS = ("license", "commercial", "source", "note")
 
 
 def resolve_model(
@@ -41,13 +42,12 @@ def resolve_model(
     entry = _index().get(fold_name(model))
     if entry is not None:
         return profile_spec(*entry, experts_as_linears=experts_as_linears)
-    if not _HUB_ID.fullmatch(model):
-        raise UnknownNameError("model", model, model_names())
-    cached = hub.cached_config(model, revision)
+    is_hub_id = _HUB_ID.fullmatch(model) is not None
+    cached = hub.cached_config(model, revision) if is_hub_id else None
     if cached is not None:
         return _read_spec(cached, name=model, hub_id=model, experts_as_linears=experts_as_linears)
-    if offline:
-        raise UnknownNameError("model", model, model_names())
+    if offline or not is_hub_id:
+        raise UnknownNameError("model", model[:_LONGEST_NAME], model_names())
     config = hub.fetch_config(model, revision)
     return model_spec(
         config,
@@ -58,9 +58,9 @@ def resolve_model(
     )
 
 
-def model_names() -> list[str]:
-    """Every model of the profiles, by its own name; variants that only differ in training are not listed."""
-    return [name for name, _ in profiles()]
+def model_names(*, featured: bool = False) -> list[str]:
+    """The profiles' own names, those that tables show by default or all; variants, which differ only in training, not."""
+    return [name for name, entry in profiles() if entry.get("featured") or not featured]
 
 
 def profiles() -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -69,19 +69,26 @@ def profiles() -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield from models.items()
 
 
+@functools.cache
 def profile_spec(name: str, hub_id: str | None = None, *, experts_as_linears: bool = False) -> ModelSpec:
     """The shapes of the profile `name`; `hub_id` picks one of its variants (default: the profile's own)."""
     entry = _entries()[name]
-    own = entry.get("hub_id")
     spec = model_spec(
-        entry["config"],
-        name=name if hub_id in (None, own) else hub_id.rpartition("/")[2],
-        hub_id=hub_id or own,
+        profile_config(entry),
+        name=hub_id.rpartition("/")[2] if hub_id else name,
+        hub_id=hub_id or entry.get("hub_id"),
         where=f"profiles/models: {name}",
         experts_as_linears=experts_as_linears,
     )
     facts: dict[str, Any] = {key: entry.get(key) for key in _TEXT_FACTS}
     return replace(spec, remote_code=spec.remote_code or bool(entry.get("remote_code")), **facts)
+
+
+def profile_config(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of a profile's entry; `null_keys` stand for the nulls that TOML doesn't have."""
+    nulls = entry.get("null_keys")
+    config: Mapping[str, Any] = entry["config"]
+    return {**config, **dict.fromkeys(nulls)} if nulls else config
 
 
 @functools.cache
