@@ -98,24 +98,31 @@ def fetch_config(hub_id: str, revision: str | None) -> Mapping[str, Any]:
         )
     import http.client
     from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
 
     url = config_url(hub_id, revision)
     if not url.startswith(("https://", "http://")):
         raise FinefitError(f"{url}: the hub's address must begin with https:// or http://")
+    try:
+        return parse_config(_download(url), url)
+    except HTTPError as error:
+        raise FinefitError(_refusal(hub_id, url, error.code)) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise FinefitError(
+            f"can't fetch {url}: {reason}; without a network give a folder or a config.json"
+        ) from None
+
+
+def _download(url: str) -> bytes:
+    from urllib.request import Request, urlopen
+
     request = Request(url, headers={"User-Agent": "finefit"})
     token = os.environ.get("HF_TOKEN")
     if token and url.startswith(f"{HUGGING_FACE}/"):
         request.add_unredirected_header("Authorization", f"Bearer {token}")
-    try:
-        with urlopen(request, timeout=TIMEOUT_S) as response:
-            return parse_config(response.read(MAX_CONFIG_BYTES + 1), url)
-    except HTTPError as error:
-        raise FinefitError(_refusal(hub_id, url, error.code)) from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise FinefitError(
-            f"can't fetch {url}: {getattr(error, 'reason', None) or error}; offline, give a folder or a config.json"
-        ) from None
+    with urlopen(request, timeout=TIMEOUT_S) as response:
+        content: bytes = response.read(MAX_CONFIG_BYTES + 1)
+        return content
 
 
 _REFUSALS = {
