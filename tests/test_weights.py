@@ -32,15 +32,15 @@ def model_folder(path: Path, *files: str) -> Path:
     return path
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINEFIT_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
     assert user_cache() == Path("/a")
     monkeypatch.delenv("FINEFIT_CACHE")
     assert user_cache() == Path("/b/finefit")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert user_cache() == Path("/home/me/.cache/finefit")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_cache() == tmp_path / ".cache/finefit"
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:
