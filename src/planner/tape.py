@@ -163,17 +163,16 @@ class Tape:
 
     def play(self) -> BlockMemory:
         """Run forward and backward."""
-        forward, saved = self._forward(keep_saved=True)
-        no_grad, _ = self._forward(keep_saved=False)
-        backward = self._backward(saved)
-        gradient = self.operations[-1].output
-        again = [_with(s, gradient.category, gradient.gradient) for s in forward]
+        snapshots, saved = self._forward(keep_saved=True)
+        forward, backward = _prune(snapshots), _prune(self._backward(saved))
+        output = self.operations[-1].output
+        again = [_with(s, output.category, output.gradient) for s in forward]
         return BlockMemory(
             saved=(saved[0], saved[1], saved[2], saved[3]),
             saves_input=any(t.saved_until == -2 for op in self.operations for t in op.saves),
-            forward=Peaks(_prune(forward)),
-            no_grad=Peaks(_prune(no_grad)),
-            backward=Peaks(_prune(backward)),
+            forward=Peaks(forward),
+            no_grad=Peaks(_prune(self._forward(keep_saved=False)[0])),
+            backward=Peaks(backward),
             recompute=Peaks(_prune([*again, *backward])),
         )
 
@@ -250,13 +249,16 @@ def _with(snapshot: Snapshot, category: int, size: Size) -> Snapshot:
 
 def _prune(snapshots: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
     """Drop the candidates that another one exceeds at every batch and length."""
-    totals = [add(add(a, b), add(c, d)) for a, b, c, d in snapshots]
-    kept: list[int] = []
-    for i, mine in enumerate(totals):
-        if not any(_exceeds(totals[j], mine, j < i) for j in range(len(totals)) if j != i):
-            kept.append(i)
-    return tuple(snapshots[i] for i in kept)
+    front: list[tuple[Size, Snapshot]] = []
+    for snapshot in snapshots:
+        a, b, c, d = snapshot
+        total = (a[0] + b[0] + c[0] + d[0], a[1] + b[1] + c[1] + d[1], a[2] + b[2] + c[2] + d[2])
+        if any(_covers(other, total) for other, _ in front):
+            continue
+        front = [kept for kept in front if not _covers(total, kept[0])]
+        front.append((total, snapshot))
+    return tuple(snapshot for _, snapshot in front)
 
 
-def _exceeds(a: Size, b: Size, wins_ties: bool) -> bool:
-    return a[0] >= b[0] and a[1] >= b[1] and a[2] >= b[2] and (a != b or wins_ties)
+def _covers(a: Size, b: Size) -> bool:
+    return a[0] >= b[0] and a[1] >= b[1] and a[2] >= b[2]
