@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -86,9 +87,12 @@ def main() -> int:
     return run(sys.argv[1:])
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line; errors become one line on stderr and the exit code of the contract."""
-    session = _session()
+def run(arguments: Sequence[str], session: Session | None = None) -> int:
+    """Run one command line; errors become one line on stderr and the exit code of the contract.
+
+    `session` replaces what bench lends to planner's commands.
+    """
+    session = session or _session()
     for stream in (sys.stdout, sys.stderr):
         # a console that can't show a bar or a Chinese name shows a question mark instead of failing
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
@@ -161,10 +165,12 @@ def _local_machine() -> Machine:
 def _token_lengths(wishes: Mapping[str, Any]) -> tuple[DataLengths | None, str | None]:
     from bench.lengths import row_lengths
 
-    return row_lengths(wishes)
+    with redirect_stdout(sys.stderr):
+        return row_lengths(wishes)
 
 
 def _trace(setup: TrainSetup, machine: Machine) -> Estimate:
     from bench.trace.estimate import trace_estimate
 
-    return trace_estimate(setup, machine)
+    with redirect_stdout(sys.stderr):
+        return trace_estimate(setup, machine)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,15 +187,17 @@ def train_command(
     from bench.train import train
 
     folder = out or Path("runs") / plan.stem
-    summary = train(
-        found,
-        folder,
-        resume=not no_resume,
-        allow_changes=allow_changes,
-        device=device,
-        save_every_steps=save_every,
-        eval_every_steps=eval_every,
-    ).to_json()
+    # libraries print where they please, and stdout is for the answer
+    with redirect_stdout(sys.stderr):
+        summary = train(
+            found,
+            folder,
+            resume=not no_resume,
+            allow_changes=allow_changes,
+            device=device,
+            save_every_steps=save_every,
+            eval_every_steps=eval_every,
+        ).to_json()
     click.echo(format_json(summary) if as_json else format_summary(summary, str(folder), terminal_width()))
 
 

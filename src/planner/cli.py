@@ -30,7 +30,7 @@ def list_command(kind: str, as_json: bool) -> None:
 
 def _complete_anything(ctx: Any, param: Any, incomplete: str) -> list[Any]:
     names = [str(record["name"]) for kind in KIND_NAMES for record in find_kind(kind).records()]
-    return complete(names, incomplete)
+    return complete((name.replace(" ", "-") for name in names), incomplete)
 
 
 @click.command("show", cls=SectionedCommand, epilog="Example: finefit show rtx-4090")

@@ -232,7 +232,7 @@ def gpu_option(*, required: bool) -> Callable[[F], F]:
 
 
 def complete_gpus(incomplete: str) -> list[click.shell_completion.CompletionItem]:
-    """GPU names for the shell."""
+    """GPU names for the shell, which splits at blanks: `rtx-4090` for RTX 4090."""
     from planner.catalog import gpus
 
-    return complete((LOCAL, *gpus()), incomplete)
+    return complete((LOCAL, *(name.lower().replace(" ", "-") for name in gpus())), incomplete)

@@ -81,7 +81,7 @@ def format_table(columns: Sequence[Column], width: int | None = None) -> str:
         droppable = [column for column in kept if column.drop > 0]
         if not droppable:
             narrow = _narrow_prose(kept, _table_width(kept) - width)
-            return _tabulate(narrow) if narrow else _format_list(columns)
+            return _tabulate(narrow) if narrow else _format_list(columns, width)
         kept.remove(max(droppable, key=lambda column: column.drop))
     return _tabulate(kept)
 
@@ -120,18 +120,19 @@ def _tabulate(columns: Sequence[Column]) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def _format_list(columns: Sequence[Column]) -> str:
-    """One block per row; the first column is the block's heading."""
+def _format_list(columns: Sequence[Column], width: int) -> str:
+    """One block per row; the first column is the block's heading, prose is wrapped."""
     heading, rest = columns[0], columns[1:]
     title_width = max((display_width(c.title) for c in rest), default=0)
     blocks, label = [], ""
     for index, name in enumerate(heading.cells):
         label = name or label
-        lines = [
-            f"  {c.title}{' ' * (title_width - display_width(c.title))}  {c.cells[index]}".rstrip()
-            for c in rest
-            if c.cells[index]
-        ]
+        lines = []
+        for column in (c for c in rest if c.cells[index]):
+            title = f"  {column.title}{' ' * (title_width - display_width(column.title))}  "
+            cell = column.cells[index]
+            indent = " " * (title_width + 4)
+            lines.append(wrap(cell, width, title, indent) if column.is_prose else f"{title}{cell}")
         blocks.append("\n".join([label, *lines]))
     return "\n".join(blocks)
 

@@ -110,7 +110,7 @@ def _format_verdict(estimate: Estimate, width: int | None) -> str:
         return verdict
     needed, given = format_bytes(fit.usable_bytes - fit.headroom_bytes), format_bytes(fit.usable_bytes)
     odds = "" if fit.probability is None else f"; {_percent(fit.probability)} chance of running out"
-    return wrap(f"{verdict}  (needs {needed} of {given} beside the CUDA context{odds})", width, rest="  ")
+    return wrap(f"{verdict}  (needs {needed} of {given} that it can give{odds})", width, rest="  ")
 
 
 def _percent(share: float) -> str:
@@ -122,7 +122,7 @@ def _percent(share: float) -> str:
 def _format_phases(memory: Memory, width: int | None) -> str:
     phases = {name: value for name, value in memory.phases.items() if value > 0}
     text = {name: format_bytes(value) for name, value in phases.items()}
-    title = paint("Allocated at the peak of each phase", "strong")
+    title = paint("Allocated at each phase's peak", "strong")
     return f"{title}\n{format_bars(phases, text, width)}"
 
 
@@ -130,21 +130,21 @@ def _format_terms(memory: Memory, width: int | None) -> str:
     """The terms at the highest moment, and the three sums that other tools show."""
     terms = {name: memory.terms[name] for name in ALLOCATED_TERMS if memory.terms[name] > 0}
     text = {name: format_bytes(value) for name, value in terms.items()}
-    title = paint(f"What fills it at the highest moment ({memory.peak_phase})", "strong")
-    sums = [
-        ("torch, allocated", format_bytes(memory.peak_allocated_bytes)),
-        (
-            f"  + fragmentation {format_bytes(memory.terms['fragmentation'])} = torch, reserved",
-            format_bytes(memory.peak_reserved_bytes),
-        ),
-        (
-            f"  + context {format_bytes(memory.terms['context'])} = nvidia-smi",
-            format_bytes(memory.device_used_bytes),
-        ),
-    ]
-    if memory.device_used_bytes == memory.peak_allocated_bytes:
-        sums = sums[:1]
-    return f"{title}\n{format_bars(terms, text, width)}\n\n{format_facts(sums, width)}"
+    title = paint(f"At the highest moment ({memory.peak_phase})", "strong")
+    return f"{title}\n{format_bars(terms, text, width)}\n\n{format_facts(_sums(memory), width)}"
+
+
+def _sums(memory: Memory) -> list[tuple[str, str]]:
+    """The peak as torch counts it, as torch reserves it and as the device shows it, where these differ."""
+    fragmentation, context = memory.terms["fragmentation"], memory.terms["context"]
+    sums = [("allocated by torch", format_bytes(memory.peak_allocated_bytes))]
+    if fragmentation:
+        reserved = format_bytes(memory.peak_reserved_bytes)
+        sums.append(("reserved by torch", f"{reserved}, with {format_bytes(fragmentation)} of fragmentation"))
+    if context:
+        used = format_bytes(memory.device_used_bytes)
+        sums.append(("used on the device", f"{used}, with {format_bytes(context)} of libraries and context"))
+    return sums
 
 
 def _format_rest(estimate: Estimate, width: int | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from planner.fits import FitsRow, FitsTable
-from planner.needs import NeedsRow, NeedsTable
+from planner.needs import COUNTS, NeedsRow, NeedsTable
 from planner.render import Column, blank_repeats, format_table, paint, wrap
 from planner.render_estimate import VERDICT_TONES, describe_fit
 from planner.setup import TrainSetup
@@ -113,10 +113,11 @@ def format_needs(table: NeedsTable, width: int | None = None, *, show_all: bool 
     if table.not_modelled:
         notes.append(f"Not modelled, so not judged: {', '.join(table.not_modelled)}")
     notes.append("Assumed: " + "; ".join(table.assumptions))
-    columns = _needs_columns(shown, table.currency)
-    return "\n".join(
-        [_needs_title(table, shown), "", format_table(columns, width), "", *_dim_notes(notes, width)]
+    title, body = (
+        wrap(_needs_title(table, shown), width),
+        format_table(_needs_columns(shown, table.currency), width),
     )
+    return "\n".join([title, "", body, "", *_dim_notes(notes, width)])
 
 
 def _needs_title(table: NeedsTable, shown: Sequence[NeedsRow]) -> str:
@@ -156,18 +157,17 @@ def _price_kind(row: NeedsRow) -> str:
 
 
 def _method_notes(table: NeedsTable, method: str, show_all: bool) -> list[str]:
-    rows, notes = table.rows[method], []
-    hidden = 0 if show_all else max(0, len(rows) - NEEDS_SHOWN)
-    if hidden:
-        notes.append(f"{method}: {hidden} more kinds of card can do it, shown by --all")
+    """What the table doesn't show of a method."""
+    rows, refused, parts = table.rows[method], table.refused[method], []
+    if not show_all and len(rows) > NEEDS_SHOWN:
+        parts.append(f"{len(rows) - NEEDS_SHOWN} more kinds of card can do it (--all)")
     if not rows:
-        notes.append(f"{method}: no card can do it, not even eight of them in one machine")
+        parts.append(f"no card can do it, not even {COUNTS[-1]} in one machine")
     elif table.too_small[method]:
-        notes.append(f"{method}: too small even times eight: {len(table.too_small[method])} kinds of card")
-    if table.refused[method]:
-        names = list(table.refused[method])
-        notes.append(f"{method}: can't run on {len(names)} kinds of card: {table.refused[method][names[0]]}")
-    return notes
+        parts.append(f"{len(table.too_small[method])} are too small even times {COUNTS[-1]}")
+    if refused:
+        parts.append(f"{len(refused)} can't run it ({next(iter(refused.values()))})")
+    return [f"{method}: {'; '.join(parts)}"] if parts else []
 
 
 def _dim_notes(notes: Iterable[str], width: int | None) -> list[str]:
