@@ -119,7 +119,7 @@ def test_the_record_names_nobody(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("can't read /home/ada/x.json: gone", "can't read <path>: gone"),
+        ("can't read /srv/ada/x.json: gone", "can't read <path>: gone"),
         ("in 'C:\\Users\\ada\\x'", "in '<path>'"),
         ("~/models/m and \\\\server\\share\\f", "<path> and <path>"),
         ('File "/a/b.py", line 3', 'File "<path>", line 3'),

@@ -55,7 +55,7 @@ def anonymise(measurement: Measurement) -> Measurement:
 def without_paths(text: str) -> str:
     """The text with every path replaced.
 
-    >>> without_paths("can't open '/home/ada/x.json' at C:\\\\Users\\\\ada\\\\y, 3 steps/s")
+    >>> without_paths("can't open '/srv/ada/x.json' at C:\\\\Users\\\\ada\\\\y, 3 steps/s")
     "can't open '<path>' at <path>, 3 steps/s"
     """
     return _PATH.sub("<path>", text)
