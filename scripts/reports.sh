@@ -3,3 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 finefit accuracy evidence/memory-runs.jsonl --markdown --worst 20 > reports/accuracy.md
+python scripts/terminal_picture.py

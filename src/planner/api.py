@@ -1,0 +1,70 @@
+"""The small Python API: the three questions as functions. Stable: names, arguments and results keep their meaning.
+
+>>> estimate("smollm2-135m-instruct", gpu="rtx-4090", method="lora").fit.verdict
+'fits'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from planner.catalog import parse_gpu
+from planner.estimate import estimate as _estimate
+from planner.results import Estimate, Plan
+from planner.search import DataLengths
+from planner.search import plan as _plan
+from planner.setup import TrainSetup
+from planner.specs import Machine
+
+
+def estimate(model: str | Mapping[str, Any], *, gpu: str, **fields: Any) -> Estimate:
+    """What one configuration needs on `gpu` ("rtx-4090", "a100-80gb-sxm4:4"); `fields` are TrainSetup's.
+
+    Sizes in bytes, times in seconds. Raises UnknownNameError, SetupError, ConfigError or NotModelledError; a
+    setup that doesn't fit is an answer with the verdict does-not-fit.
+    """
+    machine = _machine(gpu)
+    return _estimate(TrainSetup(model=model, **_with_gpus(fields, machine)), machine)
+
+
+def plan(
+    model: str | Mapping[str, Any],
+    *,
+    gpu: str,
+    global_batch: int | None = None,
+    lengths: DataLengths | None = None,
+    **fields: Any,
+) -> Plan:
+    """The configuration to use on `gpu`, why, and what the rejected ones lack; `fields` fixes TrainSetup's.
+
+    Raises DoesNotFitError with `short_by_bytes` when nothing fits, otherwise as `estimate`.
+    """
+    return _plan({"model": model, **fields}, _machine(gpu), global_batch=global_batch, lengths=lengths)
+
+
+def fits(gpu: str, *, models: list[str], methods: list[str], **fields: Any) -> list[Estimate]:
+    """Estimates of every model with every method on `gpu`, in the order given, with the recipe of each method.
+
+    Raises as `estimate`.
+    """
+    from planner.recipes import recipe
+
+    machine = _machine(gpu)
+    common = _with_gpus({"checkpointing": "full", **fields}, machine)
+    return [
+        _estimate(TrainSetup(**{"model": model, **recipe(method, machine.gpu), **common}), machine)
+        for model in models
+        for method in methods
+    ]
+
+
+def _machine(gpu: str) -> Machine:
+    profile, count = parse_gpu(gpu)
+    return Machine(gpu=profile, num_gpus=count)
+
+
+def _with_gpus(fields: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
+    if machine.num_gpus == 1:
+        return dict(fields)
+    return {"num_gpus": machine.num_gpus, "sharding": "fsdp", **fields}
