@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bench.cli_commands import COMMANDS as BENCH_COMMANDS
+from bench.cli_commands import COMMANDS as RUN_COMMANDS
+from bench.cli_compare import COMMANDS as COMPARE_COMMANDS
+from bench.extras import missing_extra
 from planner import __version__
 from planner.cli import COMMANDS as PLANNER_COMMANDS
 from planner.cli_options import Session
-from planner.errors import FinefitError, MissingExtraError
+from planner.errors import FinefitError
 
 if TYPE_CHECKING:
     from planner.results import Estimate
@@ -29,25 +31,6 @@ INTERRUPTED_EXIT = 130
 """Stopped from the keyboard (128 + SIGINT), the shells' convention."""
 CLOSED_PIPE_EXIT = 141
 """The reader of the output went away (128 + SIGPIPE), as after `| head`."""
-
-_EXTRAS = {
-    "train": (
-        "torch",
-        "transformers",
-        "peft",
-        "accelerate",
-        "bitsandbytes",
-        "safetensors",
-        "gguf",
-        "psutil",
-        "pynvml",
-        "tqdm",
-        "numpy",
-        "jinja2",
-    ),
-    "export": ("trl", "deepspeed"),
-}
-"""The optional extras of the package, by the modules that they bring."""
 
 
 class _Group(click.Group):
@@ -78,7 +61,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (*PLANNER_COMMANDS, *BENCH_COMMANDS):
+for _command in (*PLANNER_COMMANDS, *RUN_COMMANDS, *COMPARE_COMMANDS):
     cli.add_command(_command)
 
 
@@ -122,7 +105,7 @@ def _describe(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
     if isinstance(error, click.ClickException):
         return _describe_usage(error), error.exit_code
     if isinstance(error, ModuleNotFoundError):
-        missing = _missing_extra(error, arguments)
+        missing = missing_extra(next((word for word in arguments if word in cli.commands), ""), error)
         if missing is not None:
             return str(missing), missing.exit_code
     detail = f"{type(error).__name__}: {error}"
@@ -133,15 +116,6 @@ def _describe_usage(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "finefit"
     return f"{error.format_message().rstrip('.')} (see `{command} --help`)"
-
-
-def _missing_extra(error: ModuleNotFoundError, arguments: Sequence[str]) -> MissingExtraError | None:
-    module = (error.name or "").partition(".")[0]
-    command = next((word for word in arguments if word in cli.commands), "")
-    for extra, modules in _EXTRAS.items():
-        if module in modules:
-            return MissingExtraError(command, extra, module)
-    return None
 
 
 def _forget_stdout() -> None:

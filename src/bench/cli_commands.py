@@ -1,21 +1,22 @@
-"""bench's commands: each parses, calls and prints; heavy modules are imported inside."""
+"""The commands that run something here: `bench`, `train` and `hw`. Each parses, calls and prints; heavy modules are imported inside."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from bench.extras import require_train_extra
 from planner.cli_options import SectionedCommand, Session, json_option
 from planner.cli_plan import set_option, summarise
-from planner.errors import DoesNotFitError, FinefitError, MissingExtraError, NotModelledError, UsageError
+from planner.errors import DoesNotFitError, FinefitError, NotModelledError
 from planner.planfile import PlanFile, read_plan
 from planner.render import format_json, terminal_width
-from planner.results import SCHEMA_VERSION, Estimate
+from planner.results import Estimate
 
 if TYPE_CHECKING:
     from bench.store import Measurement
@@ -24,15 +25,6 @@ if TYPE_CHECKING:
 _plan_argument = click.argument("plan", metavar="PLAN.YAML", type=click.Path(path_type=Path))
 _device_option = click.option("--device", type=click.Choice(("cuda", "cpu")), help="Default: what is there.")
 _force_option = click.option("--force", is_flag=True, help="Run even if it is predicted not to fit.")
-
-
-def _require(command: str, *modules: str) -> None:
-    """Raise MissingExtraError for the first module that isn't installed; imports nothing."""
-    from importlib.util import find_spec
-
-    for module in modules:
-        if find_spec(module) is None:
-            raise MissingExtraError(command, "train", module)
 
 
 def _machine_here(session: Session, plan: PlanFile, device: str | None) -> Machine:
@@ -106,7 +98,7 @@ def bench_command(
     as_json: bool,
 ) -> int:
     """Run a few real steps of each plan in a process of its own and compare them with what was predicted."""
-    _require("bench", "torch", "transformers", "peft")
+    require_train_extra("bench")
     from bench.cli_text import format_measurement
     from bench.measure import ProgressLine, measure
 
@@ -178,7 +170,7 @@ def train_command(
 
     Exit code 33: interrupted after a checkpoint; 143: stopped before one could be written.
     """
-    _require("train", "torch", "transformers", "peft")
+    require_train_extra("train")
     found = read_plan(plan, settings)
     predicted = _predict(found, _machine_here(session, found, device), force=force)
     if predicted is not None:
@@ -212,55 +204,4 @@ def hw_command(as_json: bool) -> None:
     click.echo(format_json(report) if as_json else format_report(report))
 
 
-@click.command("compare", cls=SectionedCommand, epilog="Example: finefit compare results.jsonl --predicted")
-@click.argument(
-    "files", metavar="RESULTS [RESULTS]", nargs=-1, required=True, type=click.Path(path_type=Path)
-)
-@click.option("--predicted", is_flag=True, help="Compare one file's runs with what was predicted for them.")
-@json_option
-def compare_command(files: tuple[Path, ...], predicted: bool, as_json: bool) -> None:
-    """Compare measurements with their predictions (RESULTS --predicted), or the runs of two files (A B)."""
-    if len(files) != (1 if predicted else 2):
-        raise UsageError("compare takes one file with --predicted, or two files without")
-    if predicted:
-        _compare_predicted(files[0], as_json)
-    else:
-        _compare_two(files[0], files[1], as_json)
-
-
-def _read(path: Path) -> list[Measurement]:
-    from bench.store import read_results
-
-    runs, warnings = read_results(path)
-    for warning in warnings:
-        click.echo(warning, err=True)
-    return runs
-
-
-def _compare_predicted(path: Path, as_json: bool) -> None:
-    from bench.cli_text import format_predictions
-    from bench.compare import predicted_vs_measured
-
-    rows = predicted_vs_measured(_read(path))
-    if as_json:
-        plain = [{**asdict(row), "relative_error": row.relative_error} for row in rows]
-        click.echo(format_json({"schema_version": SCHEMA_VERSION, "rows": plain}))
-        return
-    if not rows:
-        raise FinefitError(f"{path} has no successful run with a prediction")
-    click.echo(format_predictions(rows, terminal_width()))
-
-
-def _compare_two(a: Path, b: Path, as_json: bool) -> None:
-    from bench.cli_text import format_comparison
-    from bench.compare import compare
-
-    found = compare(_read(a), _read(b))
-    if as_json:
-        plain = {**asdict(found), "is_significant": found.is_significant}
-        click.echo(format_json({"schema_version": SCHEMA_VERSION, **plain}))
-        return
-    click.echo(format_comparison(found, terminal_width()))
-
-
-COMMANDS: tuple[click.Command, ...] = (bench_command, train_command, hw_command, compare_command)
+COMMANDS: tuple[click.Command, ...] = (bench_command, train_command, hw_command)

@@ -8,18 +8,25 @@ from typing import Any
 from bench.compare import Comparison, PredictionRow, predicted_vs_measured
 from bench.stats import Ratio
 from bench.store import Measurement
+from bench.verify import Verification, VerifyRow
 from planner.render import Column, blank_repeats, format_facts, format_table, paint, wrap
-from planner.units import format_bytes, format_duration
+from planner.units import format_duration, gib
 
 MAX_SAMPLE_CHARS = 300
 """Of an answer that is shown after a run; summary.json has all of it."""
 GOOD_ERROR, FAIR_ERROR = 0.05, 0.15
 """Up to which relative error a prediction is shown as good, and as fair."""
 
+
+def _size(num_bytes: float) -> str:
+    """Finer than planner's tables: a run's error shows in the second decimal."""
+    return f"{gib(num_bytes):.2f} GiB"
+
+
 _QUANTITIES: Mapping[str, tuple[str, Callable[[float], str]]] = {
-    "peak_allocated_bytes": ("peak of live tensors", format_bytes),
-    "peak_reserved_bytes": ("peak reserved by torch", format_bytes),
-    "device_used_bytes": ("used on the device", format_bytes),
+    "peak_allocated_bytes": ("peak of live tensors", _size),
+    "peak_reserved_bytes": ("peak reserved by torch", _size),
+    "device_used_bytes": ("used on the device", _size),
     "step_s": ("optimizer step", format_duration),
     "tokens_per_s": ("tokens per second", lambda value: f"{value:.0f}"),
 }
@@ -52,15 +59,18 @@ def _predicted(quantity: str, rows: Mapping[str, PredictionRow]) -> str:
 
 
 def _error(row: PredictionRow | None) -> str:
-    if row is None:
+    return "" if row is None else _paint_error(row.relative_error)
+
+
+def _paint_error(error: float | None) -> str:
+    if error is None:
         return ""
-    size = abs(row.relative_error)
-    tone = "good" if size <= GOOD_ERROR else "doubtful" if size <= FAIR_ERROR else "bad"
-    return paint(_percent(row.relative_error), tone)
+    tone = "good" if abs(error) <= GOOD_ERROR else "doubtful" if abs(error) <= FAIR_ERROR else "bad"
+    return paint(_percent(error), tone)
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:+.1f} %"
+    return f"{100 * share:+.1f} %".replace("-0.0", "0.0").replace("+0.0", "0.0")
 
 
 def format_predictions(rows: Sequence[PredictionRow], width: int | None = None) -> str:
@@ -82,6 +92,35 @@ def format_predictions(rows: Sequence[PredictionRow], width: int | None = None) 
         column("error", _error, number=True),
     ]
     return format_table(columns, width)
+
+
+def format_verification(found: Verification, width: int | None = None) -> str:
+    """The ladder: closed form, trace and measurement of every case, then where the record lies."""
+    rows = found.rows
+
+    def column(title: str, show: Callable[[VerifyRow], str], drop: int = 0, *, number: bool = True) -> Column:
+        return Column(title=title, cells=tuple(map(show, rows)), drop=drop, is_number=number)
+
+    def sized(row: VerifyRow, value: float | None) -> str:
+        return "-" if value is None else _QUANTITIES[row.quantity][1](value)
+
+    columns = [
+        blank_repeats(column("plan", lambda r: r.name, number=False)),
+        column("quantity", lambda r: _QUANTITIES[r.quantity][0], number=False),
+        column("predicted", lambda r: sized(r, r.predicted), 2),
+        column("error", lambda r: _paint_error(r.predicted_error)),
+        column("traced", lambda r: sized(r, r.traced), 2),
+        column("error of trace", lambda r: _paint_error(r.traced_error), 1),
+        column("measured", lambda r: sized(r, r.measured)),
+    ]
+    reasons: dict[str, list[str]] = {}
+    for case in found.cases:
+        reasons.setdefault(case.note or "", []).append(case.rung.name)
+    notes = [f"{why}: {'; '.join(names)}" for why, names in reasons.items() if why]
+    if found.record_path is not None:
+        notes.append(f"The record, to share: {found.record_path}")
+    body = [format_table(columns, width)] if rows else []
+    return "\n".join([*body, *(wrap(note, width, rest="  ") for note in notes)])
 
 
 def format_comparison(found: Comparison, width: int | None = None) -> str:
