@@ -210,3 +210,9 @@ def test_no_network_and_no_address_are_one_line(monkeypatch, endpoint):
     with pytest.raises(FinefitError) as caught:
         resolve_model("someone/thing", offline=False)
     assert "\n" not in str(caught.value)
+
+
+def test_a_classifier_has_its_own_head():
+    spec = resolve_model("bert-base-uncased", objective="seq-cls")
+    assert spec.num_params == 109_483_778
+    assert (spec.head.path, spec.head.out_features, spec.tied_head) == ("classifier", 2, False)

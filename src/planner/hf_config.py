@@ -32,9 +32,10 @@ def model_spec(
     """The shapes of the model that `config` describes.
 
     `experts_as_linears`: the model as transformers 4 builds it: experts as separate nn.Linear and not as one
-    3-D parameter, and subclasses of nn.Linear quantised too. `objective` "seq-cls" gives it a classifier in place of the language-model head; any other the head that
-    the family's language model has. `where` names the file in errors. Raises ConfigError for a missing or
-    absurd field and NotModelledError for a model_type that has no family or that is out of scope.
+    3-D parameter, and subclasses of nn.Linear quantised too. `objective` "seq-cls" gives it a classifier in
+    place of the language-model head; any other the head that the family's language model has. `where` names
+    the file in errors. Raises ConfigError for a missing or absurd field and NotModelledError for a model_type
+    that has no family or that is out of scope.
     """
     text, model_type, fam = _family_of(config, where)
     if objective == "seq-cls":

@@ -26,36 +26,33 @@ def resolve_model(
     revision: str | None = None,
     offline: bool = True,
     experts_as_linears: bool = False,
+    objective: str | None = None,
 ) -> ModelSpec:
     """The shapes of `model`: an inline config.json, a folder, a file, a profile name, or a hub id.
 
     Case, blanks and hyphens don't matter in names. A hub id that no profile knows is looked up in the local
     Hugging Face cache and, unless `offline`, on the hub (`revision` applies to these two).
+    `experts_as_linears` and `objective` are model_spec's.
     Raises UnknownNameError with the nearest names, ConfigError, NotModelledError, or FinefitError when the
     hub can't be reached.
     """
+    build = functools.partial(model_spec, experts_as_linears=experts_as_linears, objective=objective)
     if isinstance(model, Mapping):
-        return model_spec(model, where="inline config", experts_as_linears=experts_as_linears)
-    config_file = _config_file(model)
-    if config_file is not None:
-        return _read_spec(config_file, name=_folder_name(config_file), experts_as_linears=experts_as_linears)
+        return build(model, where="inline config")
+    file = _config_file(model)
+    if file is not None:
+        return build(hub.read_config(file), name=_folder_name(file), where=str(file))
     entry = _index().get(fold_name(model))
     if entry is not None:
-        return profile_spec(*entry, experts_as_linears=experts_as_linears)
+        return profile_spec(*entry, experts_as_linears=experts_as_linears, objective=objective)
     is_hub_id = _HUB_ID.fullmatch(model) is not None
     cached = hub.cached_config(model, revision) if is_hub_id else None
     if cached is not None:
-        return _read_spec(cached, name=model, hub_id=model, experts_as_linears=experts_as_linears)
+        return build(hub.read_config(cached), name=model, hub_id=model, where=str(cached))
     if offline or not is_hub_id:
         raise UnknownNameError("model", model[:_LONGEST_NAME], model_names())
     config = hub.fetch_config(model, revision)
-    return model_spec(
-        config,
-        name=model,
-        hub_id=model,
-        where=hub.config_url(model, revision),
-        experts_as_linears=experts_as_linears,
-    )
+    return build(config, name=model, hub_id=model, where=hub.config_url(model, revision))
 
 
 def model_names(*, featured: bool = False) -> list[str]:
@@ -70,7 +67,9 @@ def profiles() -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 @functools.cache
-def profile_spec(name: str, hub_id: str | None = None, *, experts_as_linears: bool = False) -> ModelSpec:
+def profile_spec(
+    name: str, hub_id: str | None = None, *, experts_as_linears: bool = False, objective: str | None = None
+) -> ModelSpec:
     """The shapes of the profile `name`; `hub_id` picks one of its variants (default: the profile's own)."""
     entry = _entries()[name]
     spec = model_spec(
@@ -79,6 +78,7 @@ def profile_spec(name: str, hub_id: str | None = None, *, experts_as_linears: bo
         hub_id=hub_id or entry.get("hub_id"),
         where=f"profiles/models: {name}",
         experts_as_linears=experts_as_linears,
+        objective=objective,
     )
     facts: dict[str, Any] = {key: entry.get(key) for key in _TEXT_FACTS}
     return replace(spec, remote_code=spec.remote_code or bool(entry.get("remote_code")), **facts)
@@ -141,13 +141,3 @@ def _missing_path(model: str) -> Path | None:
 
 def _folder_name(config_file: Path) -> str:
     return config_file.resolve().parent.name if config_file.name == "config.json" else config_file.stem
-
-
-def _read_spec(path: Path, *, name: str, hub_id: str | None = None, experts_as_linears: bool) -> ModelSpec:
-    return model_spec(
-        hub.read_config(path),
-        name=name,
-        hub_id=hub_id,
-        where=str(path),
-        experts_as_linears=experts_as_linears,
-    )
