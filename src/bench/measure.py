@@ -16,7 +16,7 @@ from bench.host import count_cpus
 from bench.jobs import Executor, Job, Progress, ProgressCallback, RunReport
 from bench.process import ProcessExecutor
 from bench.stats import drift, summarise
-from bench.store import Measured, Measurement, Samples, append_result
+from bench.store import Measured, Measurement, Samples, append_result, check_appendable
 from planner.setup import TrainSetup
 
 MIN_STEPS = 5
@@ -45,8 +45,10 @@ def measure(
 
     `predicted` is the estimate's JSON and `gpu` the machine that it is for; both go into the record, which is
     appended to `results_path` at once. `device`, `random_weights` and `timeout_s`: see Job. A run that fails is
-    a record too: look at its `outcome`. Raises FinefitError only when the record can't be written.
+    a record too: look at its `outcome`. Raises FinefitError only when the record can't be written, before the run.
     """
+    if results_path is not None:
+        check_appendable(results_path)
     job = Job(
         setup=setup,
         num_steps=steps,

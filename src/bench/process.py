@@ -38,7 +38,8 @@ class ProcessExecutor:
         """As `Executor` says. Ctrl-C ends the child and is raised again."""
         with tempfile.TemporaryDirectory(prefix="finefit-bench-") as name, opened(self.nvml) as nvml:
             folder = Path(name)
-            replace(job, parent_pid=os.getpid()).write(folder)
+            # On Windows a virtual environment's python.exe stands between the two.
+            replace(job, parent_pid=os.getpid() if os.name == "posix" else None).write(folder)
             with (folder / STDERR_FILE).open("wb") as stderr:
                 child = _start([*self.command, name], stderr)
             watch = _Watch(job, child, folder, nvml, progress)

@@ -119,6 +119,18 @@ class Measurement:
         )
 
 
+def check_appendable(path: Path) -> None:
+    """Raise FinefitError before the work is done rather than after it; leaves no file that wasn't there."""
+    is_new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise FinefitError(f"can't write {path}: {error.strerror or error}") from error
+
+
 def append_result(path: Path, measurement: Measurement) -> None:
     """Add one line and fsync. A line that an earlier crash tore is ended first, so that it spoils no other."""
     line = json.dumps(measurement.to_json(), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
