@@ -120,6 +120,7 @@ HEADS = {
     "tied": ({}, {"method": "full"}),
     "untied": ({"tie_word_embeddings": False}, {"method": "full"}),
     "frozen": ({}, {"method": "lora"}),
+    "dropout": ({}, {"method": "lora", "dropout": 0.5}),
     "softcap": (GEMMA2, {"method": "full", "attention": "eager"}),
     "softcap-frozen": (GEMMA2, {"method": "lora", "attention": "eager"}),
     "bias": (PHI, {"method": "full"}),

@@ -92,10 +92,13 @@ def check_head(model: nn.Module) -> None:
     inner = inner_model(model)
     head, softcap = plain_head(inner)
     tokens = torch.arange(1, 5, device=head.weight.device)[None]
+    was_training = model.training
+    model.eval()
     with torch.no_grad():
         hidden = inner.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         own = _logits(hidden[0].to(head.weight.dtype), head.weight, head.bias, softcap)
         theirs = inner(input_ids=tokens, use_cache=False).logits[0]
+    model.train(was_training)
     if not torch.allclose(own, theirs.float(), rtol=1e-2, atol=1e-2):
         raise SetupError("loss", "chunked and fused: this model changes its logits after the head; use full")
 

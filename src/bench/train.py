@@ -102,14 +102,15 @@ def train(
             return RunSummary(**finished)
         folder.notes += setup_notes(plan.setup)
         run = _prepare(plan.setup, folder, place, progress, save_every_steps, eval_every_steps)
+        # A signal after the last step finds a run that ends by itself in a moment.
         with run.stop:
             run.execute()
+            artifact = write_artifact(plan.setup, run.model, run.tokenizer, folder.root)
+            verify_artifact(plan.setup, run.model, artifact, _probe(run.data, place))
+            summary = _summarise(run, plan, artifact)
+            folder.write_summary(summary.to_json())
         for note in folder.notes:
             print(f"note: {note}", file=sys.stderr)
-        artifact = write_artifact(plan.setup, run.model, run.tokenizer, folder.root)
-        verify_artifact(plan.setup, run.model, artifact, _probe(run.data, place))
-        summary = _summarise(run, plan, artifact)
-        folder.write_summary(summary.to_json())
     return summary
 
 
