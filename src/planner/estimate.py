@@ -80,7 +80,9 @@ class Estimator:
 def resolve(setup: TrainSetup) -> ModelSpec:
     """The setup's model, with experts as its stack keeps them."""
     splits = parse_stack(setup.stack).splits_experts
-    return resolve_model(setup.model, revision=setup.revision, experts_as_linears=splits)
+    return resolve_model(
+        setup.model, revision=setup.revision, experts_as_linears=splits, objective=setup.objective
+    )
 
 
 def usable_memory(machine: Machine) -> tuple[int, str]:
