@@ -248,7 +248,12 @@ def test_sampler_keeps_the_extremes_of_its_own_process():
         sampler.look(is_working=True)
         now[0] += INTERVAL_S
     assert sampler.device_used_bytes == 9 * GIB
-    assert sampler.facts() == {"max_temperature_c": 88, "min_clock_hz": 1e9, "max_power_w": 450.0}
+    assert sampler.facts() == {
+        "driver": nvml.driver,
+        "max_temperature_c": 88,
+        "min_clock_hz": 1e9,
+        "max_power_w": 450.0,
+    }
     assert sampler.doubts() == ["the card was slowed down by: power cap"]
 
 

@@ -31,6 +31,7 @@ class GpuSampler:
     max_power_w: float | None = None
     throttling: set[str] = field(default_factory=set)
     other_pids: set[int] = field(default_factory=set)
+    driver_version: str | None = None
     problem: str | None = None
     _handle: Handle = None
     _before: CardMemory | None = None
@@ -39,6 +40,7 @@ class GpuSampler:
     def watch(self, uuid: str | None) -> None:
         """Choose the card by its unique id (torch leaves NVML's prefix out)."""
         try:
+            self.driver_version = self.nvml.driver_version()
             for index in range(self.nvml.num_devices()):
                 handle = self.nvml.device(index)
                 if uuid and self.nvml.uuid(handle).removeprefix("GPU-") == uuid.removeprefix("GPU-"):
@@ -78,6 +80,7 @@ class GpuSampler:
     def facts(self) -> dict[str, Any]:
         """What the record's environment says of the card."""
         return {
+            "driver": self.driver_version,
             "max_temperature_c": self.max_temperature_c,
             "min_clock_hz": self.min_clock_hz,
             "max_power_w": self.max_power_w,
