@@ -79,6 +79,15 @@ def test_every_field_of_a_setup_is_an_option_of_the_same_name(name: str) -> None
     assert wanted <= options
 
 
+def test_licences_under_conditions_are_named(finefit: Run) -> None:
+    words = ("fits", "l40", "--model", MODEL, "--model", "llama-3.1-8b", "--model", "aya-23-8b")
+    code, out, err = finefit(*words, "--license", "commercial", "--json")
+    assert code == 0
+    assert {row["model"] for row in json.loads(out)["rows"]} == {"SmolLM2-135M", "Llama-3.1-8B"}
+    assert "Llama-3.1-8B" in err
+    assert "SmolLM2" not in err
+
+
 def test_no_words_show_the_help(finefit: Run) -> None:
     code, out, err = finefit()
     assert (code, err) == (0, "")

@@ -97,7 +97,10 @@ def bench_command(
     settings: tuple[str, ...],
     as_json: bool,
 ) -> int:
-    """Run a few real steps of each plan in a process of its own and compare them with what was predicted."""
+    """Run a few real steps of a plan; compare with the prediction.
+
+    Each plan runs in a process of its own, and its record is appended to the results at once.
+    """
     require_train_extra("bench")
     from bench.cli_text import format_measurement
     from bench.measure import ProgressLine, measure
@@ -196,7 +199,10 @@ def train_command(
 @click.command("hw", cls=SectionedCommand, epilog="Example: finefit hw")
 @json_option
 def hw_command(as_json: bool) -> None:
-    """Report this machine: GPUs with their free memory and who uses it, CPU, RAM, disk, torch, versions."""
+    """Report this machine, to paste into an issue.
+
+    GPUs with their free memory and who uses it, CPU features, RAM, disk, torch's build, versions.
+    """
     from bench.hardware import hardware_report
     from bench.hardware_text import format_report
 

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 @click.option("--predicted", is_flag=True, help="Compare one file's runs with what was predicted for them.")
 @json_option
 def compare_command(files: tuple[Path, ...], predicted: bool, as_json: bool) -> None:
-    """Compare measurements with their predictions (RESULTS --predicted), or the runs of two files (A B)."""
+    """Compare measurements with predictions, or two files of them.
+
+    RESULTS --predicted: each run with what was predicted for it. A B: the runs of B against those of A.
+    """
     if len(files) != (1 if predicted else 2):
         raise UsageError("compare takes one file with --predicted, or two files without")
     if predicted:
@@ -92,9 +95,9 @@ def _compare_two(a: Path, b: Path, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def verify_command(session: Session, /, out: Path, budget_s: float, trace: bool, as_json: bool) -> int:
-    """Is finefit right on this machine? Predicts, traces and measures small plans; about five minutes.
+    """Check finefit against this machine, in about five minutes.
 
-    Nothing is downloaded. The record names no person and no path, and is meant to be shared.
+    Small plans are predicted, traced and measured. Nothing is downloaded. The record names no person and no path, and is meant to be shared.
     """
     require_train_extra("verify")
     from bench.cli_text import format_verification

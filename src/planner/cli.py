@@ -19,7 +19,7 @@ from planner.results import SCHEMA_VERSION
 @click.argument("kind", metavar="|".join(KIND_NAMES), type=click.Choice(KIND_NAMES))
 @json_option
 def list_command(kind: str, as_json: bool) -> None:
-    """List what finefit knows: gpus, models, methods, optimizers or export formats."""
+    """List gpus, models, methods, optimizers or formats."""
     found = find_kind(kind)
     records = found.records()
     if as_json:
@@ -37,7 +37,7 @@ def _complete_anything(ctx: Any, param: Any, incomplete: str) -> list[Any]:
 @click.argument("name", shell_complete=_complete_anything)
 @json_option
 def show_command(name: str, as_json: bool) -> None:
-    """Show a GPU, model, method, optimizer or export format: its facts, each with its source."""
+    """Show a GPU, model, method, optimizer or format with sources."""
     found = find_anything(name)
     if as_json:
         click.echo(format_json({"schema_version": SCHEMA_VERSION, **found}))
@@ -65,7 +65,7 @@ def _with_mark(fact: Fact, sources: list[str]) -> str:
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 @click.pass_context
 def completion_command(ctx: click.Context, shell: str) -> None:
-    """Print the shell code that completes finefit's commands, options and names."""
+    """Print the shell code for completion."""
     from click.shell_completion import get_completion_class
 
     completion_class = get_completion_class(shell)

@@ -130,21 +130,21 @@ def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.ensure_object(Session).debug = True
 
 
-def setup_options(*, without: Iterable[str] = ()) -> Callable[[F], F]:
+def setup_options(*, without: Iterable[str] = (), shows_default: bool = True) -> Callable[[F], F]:
     """A decorator that adds one option per TrainSetup field; what wasn't given arrives as None."""
     left_out = set(without)
 
     def add(function: F) -> F:
         for field in reversed(list(FIELDS.values())):
             if field.name not in left_out:
-                function = _field_option(field)(function)
+                function = _field_option(field, shows_default)(function)
         return function
 
     return add
 
 
-def _field_option(field: FieldType) -> Callable[[F], F]:
-    default = _describe_default(field)
+def _field_option(field: FieldType, shows_default: bool) -> Callable[[F], F]:
+    default = _describe_default(field) if shows_default else ""
     text = f"{field.help[0].upper()}{field.help[1:]}{default}."
     if field.kind == "bool":
         declaration = f"{field.option}/--no-{field.option.removeprefix('--')}"

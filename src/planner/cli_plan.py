@@ -71,7 +71,7 @@ def estimate_command(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """What one configuration needs: memory by phase and by term, whether it fits, and what is assumed.
+    """Say what one configuration needs and whether it fits.
 
     MODEL is a name, a hub id, a folder or a config.json; PLAN.YAML is estimated as it stands, with the options
     changed that are given. Exit code 3 means that it does not fit.
@@ -181,7 +181,7 @@ def _case_lines(name: str) -> Iterator[bytes]:
     "--out", metavar="FILE", default="plan.yaml", show_default=True, help="Where the plan is written."
 )
 @click.option("--force", is_flag=True, help="Overwrite a file that is not a finefit plan.")
-@setup_options(without=("model",))
+@setup_options(without=("model",), shows_default=False)
 @json_option
 @click.pass_obj
 def plan_command(
@@ -195,7 +195,7 @@ def plan_command(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Choose a configuration for a model and a GPU, say why, and write it to a plan file.
+    """Choose a configuration, say why, and write it to a file.
 
     Every option below fixes what would otherwise be chosen. Exit code 3 means that nothing fits.
     """
@@ -251,7 +251,10 @@ def summarise(estimate: Estimate) -> dict[str, Any]:
 def export_command(
     plan: Path, target: str, out: Path, force: bool, settings: tuple[str, ...], as_json: bool
 ) -> None:
-    """Write a plan as the files that another trainer reads; says what the target can't express."""
+    """Write a plan as the files of another trainer.
+
+    What the target can't express is named on stderr.
+    """
     from planner.export import find_format
     from planner.files import write_atomically
     from planner.results import SCHEMA_VERSION

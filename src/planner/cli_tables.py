@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +18,9 @@ from planner.cli_options import (
     setup_options,
 )
 from planner.render import format_json, terminal_width
+
+if TYPE_CHECKING:
+    from planner.specs import ModelSpec
 
 _BY_TABLE = ("model", "method", "num_gpus", "num_nodes", "data", "from_scratch")
 """Fields that the tables vary themselves, or that don't matter to them."""
@@ -80,7 +84,7 @@ def fits_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """What fits on a GPU: models and methods, with peak memory, verdict, longest sequence and largest batch.
+    """Say what fits on a GPU: models, methods, lengths, batches.
 
     GPU is a name as people write it (4090, "rtx 4090", a100-80gb-sxm), or local for this machine.
     """
@@ -94,8 +98,16 @@ def fits_command(
     chosen = table_models(names, fields.get("stack"), offline=not online)
     if license_name is not None:
         chosen = {name: model for name, model in chosen.items() if LICENSES[license_name](model)}
+        _name_conditions(chosen)
     table = fits(machine, models=chosen, methods=methods or METHODS, fields=fields)
     click.echo(format_json(table.to_json()) if as_json else format_fits(table, terminal_width()))
+
+
+def _name_conditions(models: Mapping[str, ModelSpec]) -> None:
+    conditional = [model.name for model in models.values() if model.commercial != "yes"]
+    if conditional:
+        names = ", ".join(conditional)
+        click.echo(f"commercial use under conditions (`finefit show MODEL`): {names}", err=True)
 
 
 @click.command("needs", cls=SectionedCommand, epilog="Example: finefit needs llama-3.1-8b --method lora")
@@ -120,7 +132,10 @@ def needs_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Which GPUs, and how many in one machine, can train a model: from the cheapest up."""
+    """Say which GPUs can train a model, from the cheapest up.
+
+    For each method and card, the fewest of 1, 2, 4 and 8 cards in one machine that fit it.
+    """
     from planner.fits import METHODS, table_models
     from planner.needs import needs
     from planner.render_tables import format_needs

@@ -47,8 +47,10 @@ SHARDING = "fsdp"
 OBJECTIVES: Mapping[str, str] = {"decoder": "sft", "encoder": "mlm", "encoder-decoder": "seq2seq"}
 """What a model is trained for where nothing is asked for, by its architecture."""
 
-LICENSES: Mapping[str, Callable[[ModelSpec], bool]] = {"commercial": lambda model: model.commercial == "yes"}
-"""What `--license` may ask for."""
+LICENSES: Mapping[str, Callable[[ModelSpec], bool]] = {
+    "commercial": lambda model: (model.commercial or "").startswith("yes")
+}
+"""What `--license` may ask for; a licence that allows commercial use under conditions counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from planner.render import format_bars, format_facts, paint, wrap
-from planner.results import ALLOCATED_TERMS, Estimate, Fit, Memory, Plan, Rejected, Time
+from planner.results import ALLOCATED_TERMS, Estimate, Fit, Memory, Plan, Time
 from planner.setup import TrainSetup
 from planner.units import format_bytes, format_count, format_duration
 
@@ -199,15 +199,10 @@ def format_plan_answer(plan: Plan, width: int | None = None) -> str:
     if plan.reasons:
         parts.append(f"{paint('Why', 'strong')}\n{_bullets(plan.reasons, width)}")
     if plan.rejected:
-        shown = [_describe_rejected(r) for r in plan.rejected[:MAX_REJECTED]]
+        shown = [f"{r.label}: {r.reason}" for r in plan.rejected[:MAX_REJECTED]]
         parts.append(f"{paint('Rejected', 'strong')}\n{_bullets(shown, width)}")
     parts.append(_format_notes(estimate, width))
     return "\n\n".join(part for part in parts if part)
-
-
-def _describe_rejected(rejected: Rejected) -> str:
-    short = f"{format_bytes(rejected.short_by_bytes)} short" if rejected.short_by_bytes > 0 else ""
-    return f"{rejected.label}: " + ", ".join(part for part in (short, rejected.reason) if part)
 
 
 def _bullets(lines: Iterable[str], width: int | None) -> str:
