@@ -41,7 +41,7 @@ reports: setup  ## regenerate reports/
 	@PATH="$(abspath $(BIN)):$$PATH" scripts/reports.sh
 
 bench: setup  ## this code beside the usual trainer, in CPU-seconds per step
-	$(BIN)/python benchmarks/against_trainer.py
+	$(BIN)/python benchmarks/train_speed.py --report reports/speed.md
 
 clean:  ## remove what was built, but not the environment
 	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
