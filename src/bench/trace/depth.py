@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from bench.trace.recording import CATEGORIES, Peak, Place, Recording
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MIN_SHALLOW_LAYERS = 3
 """A first, a middle and a last layer: their peaks differ."""

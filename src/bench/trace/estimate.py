@@ -17,6 +17,11 @@ from planner.specs import Machine
 from planner.uncertainty import judge
 
 _UNTRACED: tuple[tuple[str, Callable[[TrainSetup], bool], str], ...] = (
+    (
+        "objective",
+        lambda s: s.objective not in ("sft", "pretrain", "mlm"),
+        "only sft, pretrain and mlm can be traced yet",
+    ),
     ("num_gpus", lambda s: s.num_gpus > 1, "only one GPU's step can be traced yet"),
     ("kernels", lambda s: s.kernels != "plain", "fused kernels can't be traced yet; use plain"),
     ("loss", lambda s: s.loss == "fused", "the fused loss can't be traced yet; use full or chunked"),

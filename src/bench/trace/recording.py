@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 CUDA_ROUNDING_BYTES = 512
@@ -149,7 +149,9 @@ class Recording:
         outlives = end is not None and (storage.freed_at is None or storage.freed_at >= end)
         if not outlives:
             return "temporary"
-        return "optimizer" if storage.phase in ("optimizer", "build") else "activations"
+        is_recomputed = storage.recompute is not None
+        is_state = storage.phase in ("optimizer", "build", "backward") and not is_recomputed
+        return "optimizer" if is_state else "activations"
 
     def _is_logits(self, storage: Storage) -> bool:
         return len(storage.shape) > 1 and storage.shape[-1] == self.vocab_size
@@ -158,10 +160,17 @@ class Recording:
         """The event by which a temporary of this place must be gone; None where all are temporary."""
         if storage.recompute is not None:
             return self.recompute_ends[storage.recompute]
-        if storage.phase not in ("batch", "build", "forward", "loss", "optimizer"):
-            return None
-        later = (m.at for m in self.marks if m.at > storage.allocated_at and m.phase != storage.phase)
-        return next(later, len(self.events))
+        if storage.phase == "backward":
+            # What outlives the whole step was made by an optimizer that steps in the backward.
+            return self._first_mark(lambda mark: mark.step > storage.step)
+        if storage.phase in ("batch", "build", "forward", "loss", "optimizer"):
+            return self._first_mark(
+                lambda mark: mark.at > storage.allocated_at and mark.phase != storage.phase
+            )
+        return None
+
+    def _first_mark(self, matches: Callable[[Mark], bool]) -> int:
+        return next((mark.at for mark in self.marks if matches(mark)), len(self.events))
 
     def live_by_category(self) -> Mapping[str, list[int]]:
         """For each category the bytes alive after each event: a timeline to plot."""

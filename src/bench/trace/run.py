@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.build import build_model, inner_model, load_config
 from bench.optim import build_optimizer
+from bench.quiet import quiet_libraries
 from bench.step import TrainStep
 from bench.trace.cuda import WORKSPACES, cuda_rules
 from bench.trace.depth import Depths, PhasePeak, choose_depths, layer_kinds, phase_peaks, shallow_config
@@ -275,6 +276,7 @@ def _never(*_: Any) -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """transformers and PEFT warn about what a real run should heed, not a trace."""
+    quiet_libraries()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -1,0 +1,88 @@
+"""Traces against published runs: one A100-80GB, Hugging Face's Trainer, packed rows of exactly 4096 tokens.
+
+Source: foundation-model-stack/fms-acceleration, scripts/benchmarks/refs/a100_80gb.csv and a100_80gb_granite.csv at
+876e2ed6f (transformers 4.48.1, peft 0.13.2, bitsandbytes 0.43.3, torch 2.4.1). Its scenarios.yaml sets
+lora_dropout 0.1; its framework_plugin_bnb.py double quantisation. Peaks and steady bytes in GiB, as torch
+counted them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.trace.run import trace
+from planner.memory import CUBLAS_HANDLES, CUBLAS_WORKSPACE_BYTES
+from planner.setup import TrainSetup
+from planner.units import gib
+
+pytestmark = pytest.mark.train
+
+STACK = "transformers 4.48.1, peft 0.13.2, bitsandbytes 0.43.3, torch 2.4.1"
+WORKSPACE_BYTES = CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES
+
+
+def shape(
+    model_type: str, hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int
+) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocab,
+        "tie_word_embeddings": model_type == "granite",
+    }
+
+
+MODELS = {
+    "mistral-7b": shape("mistral", 4096, 14336, 32, 32, 8, 32000),
+    "llama-2-70b": shape("llama", 8192, 28672, 80, 64, 8, 32000),
+    "powerlm-3b": shape("granite", 2304, 9216, 40, 36, 36, 49152),
+}
+ADAPTERS = {"rank": 16, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"], "dropout": 0.1}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora", **ADAPTERS},
+    "qlora": {"method": "qlora", "autocast": "bfloat16", "kbit_upcast": False, **ADAPTERS},
+    "qlora-upcast": {"method": "qlora", "autocast": "bfloat16", "kbit_upcast": True, **ADAPTERS},
+}
+RUNS = [
+    ("mistral-7b", "full", 4, 67.460, 40.483),
+    ("mistral-7b", "full", 8, 67.461, 40.483),
+    ("mistral-7b", "lora", 4, 24.871, 13.657),
+    ("mistral-7b", "lora", 8, 36.082, 13.658),
+    ("mistral-7b", "qlora-upcast", 4, 19.250, 4.011),
+    ("mistral-7b", "qlora-upcast", 8, 34.461, 4.012),
+    ("mistral-7b", "qlora", 4, 15.249, 4.011),
+    ("mistral-7b", "qlora", 8, 26.461, 4.011),
+    ("llama-2-70b", "qlora", 4, 63.448, 34.626),
+    ("powerlm-3b", "full", 4, 32.722, 19.641),
+    ("powerlm-3b", "full", 8, 43.827, 19.642),
+    ("powerlm-3b", "lora", 4, 18.785, 6.690),
+    ("powerlm-3b", "lora", 8, 30.876, 6.690),
+    ("powerlm-3b", "qlora-upcast", 4, 16.926, 1.997),
+    ("powerlm-3b", "qlora-upcast", 8, 31.830, 1.997),
+    ("powerlm-3b", "qlora", 4, 14.111, 1.994),
+    ("powerlm-3b", "qlora", 8, 26.202, 1.995),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "method", "batch", "peak_gib", "steady_gib"), RUNS)
+def test_the_trace_gives_the_published_memory(model, method, batch, peak_gib, steady_gib):
+    setup = TrainSetup(
+        model=MODELS[model],
+        stack=STACK,
+        micro_batch_size=batch,
+        seq_len=4096,
+        packing=True,
+        attention="flash",
+        **METHODS[method],
+    )
+    result = trace(setup)
+    assert gib(result.peak_bytes + WORKSPACE_BYTES) == pytest.approx(peak_gib, rel=0.0025)
+    assert gib(result.phases["save"].num_bytes + WORKSPACE_BYTES) == pytest.approx(steady_gib, rel=0.003)
