@@ -39,7 +39,8 @@ class Recipe:
     that get an adapter of `rank`. `quantised`: linears are bitsandbytes' 4-bit (or 8-bit) ones.
     `fused`: norms, rotary embeddings and gated activations in one kernel each that saves its input only (Triton,
     or torch.compile, whose partitioner recomputes pointwise operations in the backward). `on_gpu`: flash or
-    memory-efficient kernels of CUDA instead of the CPU's.
+    memory-efficient kernels of CUDA instead of the CPU's. `reentrant`: checkpoints recompute a layer whole and keep
+    its output meanwhile, the default of transformers before 5.
     """
 
     weight: int
@@ -56,6 +57,7 @@ class Recipe:
     attention: str = "sdpa"
     fused: bool = False
     on_gpu: bool = True
+    reentrant: bool = False
 
 
 def layer_memory(layer: LayerSpec, hidden_size: int, recipe: Recipe) -> BlockMemory:
@@ -66,7 +68,7 @@ def layer_memory(layer: LayerSpec, hidden_size: int, recipe: Recipe) -> BlockMem
     stream = block.residual(stream, hidden, hidden_size)
     hidden = block.feed_forward(block.norm(stream, hidden_size, layer.norm), layer, hidden_size)
     block.residual(stream, hidden, hidden_size)
-    return block.tape.play()
+    return block.tape.play(is_reentrant=recipe.reentrant)
 
 
 def head_memory(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes) -> BlockMemory:
@@ -133,7 +135,9 @@ class _Block:
         out = max(x.width, self.recipe.norm)
         saves = [normed] if self.recipe.trains_base else []
         grad = self._weight_grad(width, self.recipe.norm)
-        return self.tape.run([normed], per_token(out * width), out, saves=saves, weight_grad=grad)
+        return self.tape.run(
+            [normed], per_token(out * width), out, saves=saves, saves_weight=True, weight_grad=grad
+        )
 
     def _fused_norm(self, x: Tensor, width: int) -> Tensor:
         grad = self._weight_grad(width, self.recipe.norm)
@@ -158,7 +162,7 @@ class _Block:
     def residual(self, stream: Tensor, update: Tensor, hidden_size: int) -> Tensor:
         """stream + update, in the wider of both dtypes."""
         width = max(stream.width, update.width)
-        return self.tape.run([stream, update], per_token(width * hidden_size), width)
+        return self.tape.run([stream, update], per_token(width * hidden_size), width, shares_grad=True)
 
     def linear(self, x: Tensor, matrix: Matrix, tokens_per_token: float = 1.0) -> Tensor:
         """nn.Linear or bitsandbytes' linear, with its adapter.
@@ -173,6 +177,7 @@ class _Block:
         out = base(x, matrix, tokens_per_token)
         if matrix.path in self.recipe.adapted:
             out = self._adapter(x, out, matrix, tokens_per_token, is_quantised)
+        self.tape.hold(x)
         return out
 
     def _plain_linear(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
@@ -191,7 +196,9 @@ class _Block:
             saved.append(copy)
         grad = self._weight_grad(matrix.num_weights + matrix.num_biases, recipe.weight)
         out = per_token(recipe.compute * matrix.out_features * share)
-        return self.tape.run(inputs, out, recipe.compute, saves=saved, weight_grad=grad, category=category)
+        return self.tape.run(
+            inputs, out, recipe.compute, saves=saved, saves_weight=True, weight_grad=grad, category=category
+        )
 
     def _quantised_linear(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
         """bitsandbytes' MatMul4Bit: saves the packed weight only, dequantises in forward and backward."""
@@ -210,6 +217,7 @@ class _Block:
         leaves_casts = is_quantised and recipe.autocast and recipe.on_gpu
         if not leaves_casts:
             x = self.cast(x, recipe.adapter, matrix.in_features * share)
+        held = x
         inner = recipe.compute if recipe.autocast else recipe.adapter
         x = self._dropped(self.cast(x, inner, matrix.in_features * share), matrix.in_features * share)
         weights_a = recipe.rank * matrix.in_features * matrix.copies * recipe.adapter
@@ -221,7 +229,10 @@ class _Block:
         high = self.tape.run([low], wide, inner, saves=[low], weight_grad=constant(weights_b))
         high = self.tape.run([high], wide, inner)
         width = max(out.width, inner)
-        total = self.tape.run([out, high], per_token(width * matrix.out_features * share), width)
+        total = self.tape.run(
+            [out, high], per_token(width * matrix.out_features * share), width, shares_grad=True
+        )
+        self.tape.hold(held)
         return self.cast(total, out.width, matrix.out_features * share)
 
     def _dropped(self, x: Tensor, num_elements: float) -> Tensor:
@@ -236,9 +247,10 @@ class _Block:
         roles = {m.role: m for m in layer.matrices}
         query, key, value = self._projections(x, roles, layer)
         context = self._kernel(query, key, value, layer)
-        if "o" not in roles:
-            return context
-        return self.linear(context, roles["o"])
+        if "o" in roles:
+            context = self.linear(context, roles["o"])
+        self.tape.hold(x, query, key, value)
+        return context
 
     def _projections(
         self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec
@@ -321,6 +333,7 @@ class _Block:
             parts.append(self._experts(x, routed, layer, hidden_size))
         if not parts:
             return x
+        self.tape.hold(x)
         total = parts[0]
         for part in parts[1:]:
             total = self.residual(total, part, hidden_size)
@@ -354,19 +367,13 @@ class _Block:
     def _mlp(self, x: Tensor, roles: dict[str, Matrix], share: float) -> Tensor:
         down = roles["down"]
         inner = down.in_features * share
-        if "gate_up" in roles:
-            gate = up = self.linear(x, roles["gate_up"], share)
-        elif "gate" in roles:
-            gate, up = self.linear(x, roles["gate"], share), self.linear(x, roles["up"], share)
-        else:
-            hidden = self.linear(x, roles["up"], share)
-            return self.linear(self._activation(hidden, inner), down, share)
-        size = per_token(gate.width * inner)
-        if self.recipe.fused:
-            product = self.tape.run([gate, up], size, gate.width, saves=[gate, up])
-        else:
-            active = self._activation(gate, inner)
-            product = self.tape.run([active, up], size, gate.width, saves=[active, up])
+        if "gate" not in roles and "gate_up" not in roles:
+            return self.linear(self._activation(self.linear(x, roles["up"], share), inner), down, share)
+        joint = roles.get("gate_up")
+        gate = self.linear(x, joint or roles["gate"], share)
+        active = gate if self.recipe.fused else self._activation(gate, inner)
+        up = gate if joint else self.linear(x, roles["up"], share)
+        product = self.tape.run([active, up], per_token(gate.width * inner), gate.width, saves=[active, up])
         return self.linear(product, down, share)
 
     def _activation(self, x: Tensor, num_elements: float) -> Tensor:

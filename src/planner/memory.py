@@ -45,6 +45,10 @@ FRAGMENTATION_SHARE = 0.18
 """Reserved minus allocated, as a share of what a step adds to the steady memory: freed blocks of one phase
 that the next can't reuse, because a large block is only split, never moved (CUDACachingAllocator.cpp).
 Replaying the traces of three published steps by the allocator's rules gave 16, 19 and 20 %."""
+CPU_RETAINED_SHARE = 0.4
+"""The same on the CPU, for the resident set: blocks below mmap's threshold, which glibc raises to 32 MiB, stay with
+the process when they are freed (mallopt(3), M_MMAP_THRESHOLD). 40 % on a LoRA step of 135 M parameters; with the
+threshold pinned at 1 MiB most of it goes."""
 INPUT_BYTES_PER_TOKEN = 32
 """Token ids, labels, positions and mask as int64."""
 SAFETENSORS_COPIES_KEPT = 2
@@ -74,10 +78,9 @@ class MemoryModel:
         self.setup, self.model, self.on_gpu = setup, model, on_gpu
         self.strategy = STRATEGIES[setup.sharding]
         self.inventory = take_inventory(setup, model)
-        self.recipe = _recipe(setup, model, on_gpu)
-        self.blocks = [_Block(x.count, layer_memory(x, model.hidden_size, self.recipe)) for x in model.layers]
         self._stack = parse_stack(setup.stack)
-        self.is_reentrant = self._stack.is_before("transformers", 5)
+        self.recipe = _recipe(setup, model, self._stack, on_gpu)
+        self.blocks = [_Block(x.count, layer_memory(x, model.hidden_size, self.recipe)) for x in model.layers]
         self._heads: dict[LossBytes, BlockMemory] = {}
         self._ranks = setup.num_gpus if setup.num_gpus > 1 else 1
         handles = CUBLAS_HANDLES if on_gpu else 0
@@ -92,9 +95,8 @@ class MemoryModel:
         peak_phase = max(PHASES, key=lambda name: totals[name])
         terms = {name: round(value) for name, value in phases[peak_phase].items()}
         steady = sum(phases["save"].values())
-        terms["fragmentation"] = (
-            round(FRAGMENTATION_SHARE * (totals[peak_phase] - steady)) if self.on_gpu else 0
-        )
+        kept_share = FRAGMENTATION_SHARE if self.on_gpu else CPU_RETAINED_SHARE
+        terms["fragmentation"] = round(kept_share * (totals[peak_phase] - steady))
         terms["context"] = self._context_bytes() if self.on_gpu else CPU_CONTEXT_BYTES
         return Memory(
             phases=totals,
@@ -270,13 +272,9 @@ class _Step:
             candidates.append(
                 self._plus(self.stored, copies, self._without_own(block), peak, self._head_grads())
             )
-            candidates.append(self._plus(self._only_first(block), peak, self._late_grads(peak)))
+            candidates.append(self._plus(self._only_first(block), peak, self._late_grads(block)))
         candidates.append(self._embedding_backward())
         return max(candidates, key=lambda terms: sum(terms.values()))
-
-    def _reentrant_output(self) -> float:
-        """transformers 4 checkpoints reentrantly: the recomputed layer's output lives through its backward."""
-        return float(self.stream) if self.is_checkpointed and self.owner.is_reentrant else 0.0
 
     def _without_own(self, block: _Block) -> dict[str, float]:
         """A peak of a layer that isn't recomputed counts what it saved itself; take it out of the stored."""
@@ -313,13 +311,20 @@ class _Step:
         share = owner.setup.num_gpus if owner.strategy.shards_gradients else 1
         return {"gradients": owner.model.head.num_weights * owner.recipe.weight / share}
 
-    def _late_grads(self, peak: Mapping[str, float]) -> dict[str, float]:
-        """All gradients but the first layer's own and the embedding's."""
+    def _late_grads(self, block: _Block) -> dict[str, float]:
+        """All gradients but those that the first layer and the embedding are about to make."""
         if self.owner.setup.optimizer_in_backward:
             return {}
+        if self.held_grads:
+            return {"gradients": self.held_grads}
         embedding = 0 if self.owner.model.tied_head else self._embedding_bytes()
-        others = self.all_grads - (0.0 if self.held_grads else peak["gradients"]) - embedding
-        return {"gradients": max(0.0, others)}
+        own = block.memory.weight_gradients[0] / self._gradient_share()
+        return {"gradients": max(0.0, self.all_grads - own - embedding)}
+
+    def _gradient_share(self) -> int:
+        """Ranks among which a gradient is split once it is made."""
+        how = self.owner.strategy
+        return self.owner.setup.num_gpus if how.shards_gradients or how.splits_layers else 1
 
     def _embedding_bytes(self) -> float:
         owner = self.owner
@@ -350,7 +355,7 @@ class _Step:
         return self._plus(larger)
 
 
-def _recipe(setup: TrainSetup, model: ModelSpec, on_gpu: bool) -> Recipe:
+def _recipe(setup: TrainSetup, model: ModelSpec, stack: Stack, on_gpu: bool) -> Recipe:
     """The widths and modules that decide what a block saves."""
     weight = unquantised_width(setup)
     compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
@@ -372,6 +377,7 @@ def _recipe(setup: TrainSetup, model: ModelSpec, on_gpu: bool) -> Recipe:
         attention=setup.attention,
         fused=setup.kernels != "plain" or setup.compile,
         on_gpu=on_gpu,
+        reentrant=stack.is_before("transformers", 5),
     )
 
 

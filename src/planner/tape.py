@@ -3,10 +3,15 @@
 A block (planner.blocks) is written as the operations that torch really runs, each with the tensors it saves.
 The tape then plays the forward and the backward with autograd's rules for what is alive when:
 
-* an output lives until its last use, or until the backward of the operation that saved it;
-* in the backward an operation's input gradients are allocated while its output gradient is alive; a second
-  gradient of the same tensor is added in place and then freed (torch/csrc/autograd/input_buffer.cpp);
-* a weight's gradient stays.
+* an output lives until its last use, or until the backward of the operation that saved it; `hold` keeps it
+  longer, as a local variable of the running module does;
+* in the backward an operation's input gradients are allocated while its output gradient is alive; an addition
+  passes its output's gradient on without a copy;
+* a second gradient of the same tensor is added in place, unless another tensor shares the first one
+  (torch/csrc/autograd/input_buffer.cpp);
+* a weight's gradient stays;
+* a checkpointed block is recomputed when its backward first asks for a saved tensor, and only up to the last
+  one that it needs (torch/utils/checkpoint.py); reentrantly: from the start, whole, with its output kept.
 
 Sizes are polynomials `(constant, per token, per token x sequence)` in bytes, so one tape answers every batch
 and length: `Peaks.at(tokens, seq_len)`.
@@ -72,7 +77,11 @@ class Tensor:
 
 @dataclass(slots=True)
 class Operation:
-    """One operation of the forward. `temp` is alive only while it runs, `grad_temp` only in its backward."""
+    """One operation of the forward. `temp` is alive only while it runs, `grad_temp` only in its backward.
+
+    `needs_saved`: its backward reads a saved tensor, be it a weight; `shares_grad`: its inputs' gradients are
+    its output's own storage.
+    """
 
     inputs: tuple[Tensor, ...]
     output: Tensor
@@ -80,9 +89,21 @@ class Operation:
     temp: Size
     grad_temp: Size
     weight_grad: Size
+    needs_saved: bool
+    shares_grad: bool
+
+
+@dataclass(slots=True)
+class _Gradient:
+    """One storage that is the gradient of `num_owners` tensors."""
+
+    size: Size
+    category: int
+    num_owners: int = 0
 
 
 Snapshot = tuple[Size, Size, Size, Size]
+NOTHING: Snapshot = (ZERO, ZERO, ZERO, ZERO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +130,13 @@ class BlockMemory:
     `saved` is split by category; the block's input is not in it (`saves_input` says whether an operation keeps
     it). `forward` includes what the block has saved so far; `no_grad` is the forward with nothing saved
     (evaluation, and the first pass under checkpointing); `backward` includes what is still saved and all
-    gradients made so far; `recompute` is the backward under checkpointing: the forward again with the
-    output's gradient alive, then the backward.
+    gradients made so far; `recompute` is the backward under checkpointing. `weight_gradients` are those that its
+    backward leaves behind.
     """
 
     saved: Snapshot
     saves_input: bool
+    weight_gradients: Size
     forward: Peaks
     no_grad: Peaks
     backward: Peaks
@@ -141,40 +163,69 @@ class Tape:
         *,
         saves: Iterable[Tensor] = (),
         saves_output: bool = False,
+        saves_weight: bool = False,
         temp: Size = ZERO,
         grad_temp: Size = ZERO,
         weight_grad: Size = ZERO,
         category: int = ACTIVATIONS,
+        shares_grad: bool = False,
     ) -> Tensor:
-        """Append one operation and return its output."""
+        """Append one operation and return its output.
+
+        `saves_weight` says that the backward needs a weight, which is there anyway and takes no room.
+        """
         needs_grad = weight_grad != ZERO or any(t.needs_grad for t in inputs)
         output = Tensor(size, width, category, needs_grad)
         saved = (*saves, output) if saves_output else tuple(saves)
-        index = len(self.operations)
+        output.last_use = index = len(self.operations)
         for tensor in inputs:
             tensor.last_use = index
-        output.last_use = index
         if needs_grad:
             for tensor in saved:
                 tensor.saved_until = max(tensor.saved_until, index) if tensor.saved_until != -2 else -2
         kept = saved if needs_grad else ()
-        self.operations.append(Operation(tuple(inputs), output, kept, temp, grad_temp, weight_grad))
+        needs_saved = needs_grad and (saves_weight or bool(saved))
+        self.operations.append(
+            Operation(tuple(inputs), output, kept, temp, grad_temp, weight_grad, needs_saved, shares_grad)
+        )
         return output
 
-    def play(self) -> BlockMemory:
-        """Run forward and backward."""
+    def hold(self, *tensors: Tensor) -> None:
+        """Keep tensors alive through the last operation so far: a variable of a running module holds them."""
+        for tensor in tensors:
+            tensor.last_use = len(self.operations) - 1
+
+    def play(self, *, is_reentrant: bool = False) -> BlockMemory:
+        """Run forward and backward; `is_reentrant` chooses how a checkpoint is recomputed."""
         snapshots, saved = self._forward(keep_saved=True)
-        forward, backward = _prune(snapshots), _prune(self._backward(saved))
-        output = self.operations[-1].output
-        again = [_with(s, output.category, output.gradient) for s in forward]
+        backward = _Backward(self.operations, saved)
+        backward.run()
+        forward, backward_peaks = _prune(snapshots), _prune(backward.snapshots)
+        if is_reentrant:
+            output = self.operations[-1].output
+            gradient = _with(NOTHING, output.category, output.gradient)
+            kept = _with(NOTHING, output.category, output.size)
+            recompute = [*_plus(forward, gradient), *_plus(backward_peaks, kept)]
+        else:
+            again = _prune(snapshots[: self._recompute_end()])
+            recompute = [*_plus(again, backward.waiting), *backward_peaks]
         return BlockMemory(
             saved=(saved[0], saved[1], saved[2], saved[3]),
             saves_input=any(t.saved_until == -2 for op in self.operations for t in op.saves),
+            weight_gradients=_sum(op.weight_grad for op in self.operations),
             forward=Peaks(forward),
             no_grad=Peaks(_prune(self._forward(keep_saved=False)[0])),
-            backward=Peaks(backward),
-            recompute=Peaks(_prune([*again, *backward])),
+            backward=Peaks(backward_peaks),
+            recompute=Peaks(_prune(recompute)),
         )
+
+    def _recompute_end(self) -> int:
+        """Operations that a recomputation runs: inputs are saved before an operation runs, its output after."""
+        for index in range(len(self.operations) - 1, -1, -1):
+            op = self.operations[index]
+            if op.needs_saved:
+                return index + 1 if op.output in op.saves else index
+        return 0
 
     def _forward(self, *, keep_saved: bool) -> tuple[list[Snapshot], list[Size]]:
         live = [ZERO] * 4
@@ -193,34 +244,83 @@ class Tape:
             live[last.category] = add(live[last.category], scale(last.size, -1))
         return snapshots, live
 
-    def _backward(self, saved: Sequence[Size]) -> list[Snapshot]:
-        live = list(saved)
-        last = self.operations[-1].output
-        gradients: set[int] = {id(last)}
-        live[last.category] = add(live[last.category], last.gradient)
+
+class _Backward:
+    """Plays the operations in reverse.
+
+    `snapshots` are the candidates for the peak, `waiting` the gradients that are alive when a saved tensor is
+    first asked for.
+    """
+
+    def __init__(self, operations: Sequence[Operation], saved: Sequence[Size]) -> None:
+        self.operations, self.live = operations, list(saved)
+        self.snapshots: list[Snapshot] = []
+        self.waiting = NOTHING
+        self._saved = tuple(saved)
+        self._gradients: dict[int, _Gradient] = {}
+
+    def run(self) -> None:
+        output = self.operations[-1].output
+        self._gradients[id(output)] = gradient = self._allocate(output)
+        gradient.num_owners = 1
         freed_at = _first_saver(self.operations)
-        snapshots: list[Snapshot] = []
+        has_waited = False
         for index in range(len(self.operations) - 1, -1, -1):
             op = self.operations[index]
-            if not op.output.needs_grad:
-                _free(live, freed_at.get(index, ()))
-                continue
-            new = [*live]
-            new[WORKSPACE] = add(new[WORKSPACE], op.grad_temp)
-            new[GRADIENTS] = add(new[GRADIENTS], op.weight_grad)
-            wanted = [t for t in op.inputs if t.needs_grad]
-            for tensor in wanted:
-                new[tensor.category] = add(new[tensor.category], tensor.gradient)
-            snapshots.append((new[0], new[1], new[2], new[3]))
-            live[GRADIENTS] = add(live[GRADIENTS], op.weight_grad)
-            for tensor in wanted:
-                if id(tensor) not in gradients:
-                    gradients.add(id(tensor))
-                    live[tensor.category] = add(live[tensor.category], tensor.gradient)
-            live[op.output.category] = add(live[op.output.category], scale(op.output.gradient, -1))
-            gradients.discard(id(op.output))
-            _free(live, freed_at.get(index, ()))
-        return snapshots
+            if op.needs_saved and not has_waited:
+                has_waited = True
+                self.waiting = self._beyond_saved()
+            if id(op.output) in self._gradients:
+                self._step(op)
+            for tensor in freed_at.get(index, ()):
+                self._change(tensor.category, tensor.size, -1)
+
+    def _step(self, op: Operation) -> None:
+        mine = self._gradients.pop(id(op.output))
+        wanted = [t for t in op.inputs if t.needs_grad]
+        made = [mine if op.shares_grad and t.gradient == mine.size else self._allocate(t) for t in wanted]
+        self._change(GRADIENTS, op.weight_grad, 1)
+        self.snapshots.append(_with(self._snapshot(), WORKSPACE, op.grad_temp))
+        for gradient in made:
+            gradient.num_owners += 1
+        self._drop(mine)
+        for tensor, gradient in zip(wanted, made, strict=True):
+            self._accumulate(tensor, gradient)
+
+    def _accumulate(self, tensor: Tensor, gradient: _Gradient) -> None:
+        """Give a tensor its gradient, or add it to the one that is there."""
+        there = self._gradients.get(id(tensor))
+        if there is None:
+            self._gradients[id(tensor)] = gradient
+        elif there.num_owners == 1:
+            self._drop(gradient)
+        else:
+            self._gradients[id(tensor)] = total = self._allocate(tensor)
+            total.num_owners = 1
+            self.snapshots.append(self._snapshot())
+            self._drop(there)
+            self._drop(gradient)
+
+    def _drop(self, gradient: _Gradient) -> None:
+        gradient.num_owners -= 1
+        if gradient.num_owners == 0:
+            self._change(gradient.category, gradient.size, -1)
+
+    def _allocate(self, tensor: Tensor) -> _Gradient:
+        self._change(tensor.category, tensor.gradient, 1)
+        return _Gradient(tensor.gradient, tensor.category)
+
+    def _change(self, category: int, size: Size, sign: int) -> None:
+        a = self.live[category]
+        self.live[category] = (a[0] + sign * size[0], a[1] + sign * size[1], a[2] + sign * size[2])
+
+    def _beyond_saved(self) -> Snapshot:
+        live, saved = self.live, self._saved
+        differences = [add(live[i], scale(saved[i], -1)) for i in range(4)]
+        return (differences[0], differences[1], differences[2], differences[3])
+
+    def _snapshot(self) -> Snapshot:
+        return (self.live[0], self.live[1], self.live[2], self.live[3])
 
 
 def _first_saver(operations: Sequence[Operation]) -> dict[int, list[Tensor]]:
@@ -236,15 +336,23 @@ def _first_saver(operations: Sequence[Operation]) -> dict[int, list[Tensor]]:
     return freed
 
 
-def _free(live: list[Size], tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        live[tensor.category] = add(live[tensor.category], scale(tensor.size, -1))
-
-
 def _with(snapshot: Snapshot, category: int, size: Size) -> Snapshot:
     changed = [*snapshot]
     changed[category] = add(changed[category], size)
     return (changed[0], changed[1], changed[2], changed[3])
+
+
+def _sum(sizes: Iterable[Size]) -> Size:
+    total = ZERO
+    for size in sizes:
+        total = add(total, size)
+    return total
+
+
+def _plus(snapshots: Iterable[Snapshot], extra: Snapshot) -> list[Snapshot]:
+    """Each candidate with something that is alive beside it."""
+    a, b, c, d = extra
+    return [(add(s[0], a), add(s[1], b), add(s[2], c), add(s[3], d)) for s in snapshots]
 
 
 def _prune(snapshots: Sequence[Snapshot]) -> tuple[Snapshot, ...]:

@@ -53,5 +53,6 @@ def find_method(name: str) -> Method:
     folder = Path(__file__).parent
     module = name.replace("-", "_")
     if module.isidentifier() and (folder / f"{module}.py").is_file() and not module.startswith("_"):
-        return importlib.import_module(f"planner.methods.{module}").METHOD
+        found: Method = importlib.import_module(f"planner.methods.{module}").METHOD
+        return found
     raise UnknownNameError("method", name, methods())
