@@ -195,6 +195,17 @@ def test_a_missing_extra_says_what_to_install(tmp_path: Path) -> None:
         assert f"`finefit {command}`" in result.stderr
 
 
+def test_what_a_file_holds_can_not_steer_the_terminal(finefit: Run, tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J"
+    case = {"id": evil, "gpu": "rtx-4090", "setup": {"model": evil, "rank": evil}}
+    (tmp_path / "cases.jsonl").write_text(json.dumps(case))
+    (tmp_path / "plan.yaml").write_text(f"model: {json.dumps(evil)}\ngpu: rtx-4090\n")
+    for words in (("--cases", "cases.jsonl"), ("--cases", "cases.jsonl", "--json"), ("plan.yaml",)):
+        _, out, err = finefit("estimate", *words)
+        assert "\x1b" not in out + err
+    assert "\x1b" not in finefit("show", evil)[2]
+
+
 # streams and signals
 
 

@@ -20,6 +20,7 @@ from planner import __version__
 from planner.cli import COMMANDS as PLANNER_COMMANDS
 from planner.cli_options import Session
 from planner.errors import FinefitError
+from planner.render import printable
 
 if TYPE_CHECKING:
     from planner.results import Estimate
@@ -93,7 +94,7 @@ def _report(error: Exception, session: Session, arguments: Sequence[str]) -> int
 
         traceback.print_exception(error)
     message, exit_code = _describe(error, arguments)
-    print(f"finefit: {' '.join(message.split())}", file=sys.stderr)
+    print(f"finefit: {printable(message)}", file=sys.stderr)
     return exit_code
 
 

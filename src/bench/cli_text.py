@@ -9,7 +9,7 @@ from bench.compare import Comparison, PredictionRow, predicted_vs_measured
 from bench.stats import Ratio
 from bench.store import Measurement
 from bench.verify import Verification, VerifyRow
-from planner.render import Column, blank_repeats, format_facts, format_table, paint, wrap
+from planner.render import Column, blank_repeats, format_facts, format_table, paint, printable, wrap
 from planner.units import format_duration, gib
 
 MAX_SAMPLE_CHARS = 300
@@ -34,9 +34,9 @@ _QUANTITIES: Mapping[str, tuple[str, Callable[[float], str]]] = {
 
 def format_measurement(run: Measurement, width: int | None = None) -> str:
     """One run: what it was, predicted beside measured, and the doubts."""
-    heading = paint(f"{run.setup.method} of {run.setup.model_label} on {run.gpu}", "strong")
+    heading = paint(printable(f"{run.setup.method} of {run.setup.model_label} on {run.gpu}"), "strong")
     if run.outcome != "ok":
-        return wrap(f"{heading}: {run.outcome} in phase {run.last_phase}: {run.error}", width)
+        return wrap(f"{heading}: {run.outcome} in phase {run.last_phase}: {printable(str(run.error))}", width)
     errors = {row.quantity: row for row in predicted_vs_measured([run])}
     shown = [name for name in _QUANTITIES if getattr(run.measured, name) is not None]
     columns = [
@@ -82,10 +82,10 @@ def format_predictions(rows: Sequence[PredictionRow], width: int | None = None) 
         return Column(title=title, cells=tuple(map(show, rows)), drop=drop, is_number=number)
 
     columns = [
-        blank_repeats(column("run", lambda r: r.id[:8], 4)),
-        column("model", lambda r: r.model.rpartition("/")[2], 1),
+        blank_repeats(column("run", lambda r: printable(r.id[:8]), 4)),
+        column("model", lambda r: printable(r.model.rpartition("/")[2]), 1),
         column("method", lambda r: r.method, 2),
-        column("GPU", lambda r: r.gpu, 3),
+        column("GPU", lambda r: printable(r.gpu), 3),
         column("quantity", lambda r: _QUANTITIES[r.quantity][0]),
         column("predicted", lambda r: _QUANTITIES[r.quantity][1](r.predicted), number=True),
         column("measured", lambda r: _QUANTITIES[r.quantity][1](r.measured), number=True),
@@ -208,6 +208,5 @@ def _format_samples(summary: Mapping[str, Any], width: int | None) -> Iterable[s
 
 def _shorten(text: str) -> str:
     """On one line, without what could steer the terminal."""
-    flat = "".join(c if c.isprintable() else " " for c in text)
-    plain = " ".join(flat.split())
+    plain = printable(text)
     return plain if len(plain) <= MAX_SAMPLE_CHARS else plain[:MAX_SAMPLE_CHARS] + " ..."

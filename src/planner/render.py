@@ -70,6 +70,11 @@ def display_width(text: str) -> int:
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in plain)
 
 
+def printable(text: str) -> str:
+    """The text on one line without control characters: what a file holds must not steer the terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def format_table(columns: Sequence[Column], width: int | None = None) -> str:
     """The columns as a table at most `width` cells wide (None: as wide as needed).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from planner.render import format_bars, format_facts, paint, wrap
+from planner.render import format_bars, format_facts, paint, printable, wrap
 from planner.results import ALLOCATED_TERMS, Estimate, Fit, Memory, Plan, Time
 from planner.setup import TrainSetup
 from planner.units import format_bytes, format_count, format_duration
@@ -95,11 +95,11 @@ def _format_head(estimate: Estimate, width: int | None) -> str:
 def _setup_facts(estimate: Estimate) -> list[tuple[str, str]]:
     setup = estimate.setup
     return [
-        ("model", setup.model_label),
+        ("model", printable(setup.model_label)),
         ("method", f"{describe_method(setup)}; {describe_precision(setup)}"),
         ("batch", describe_batch(setup)),
         ("step", describe_step(setup)),
-        ("GPU", estimate.gpu),
+        ("GPU", printable(estimate.gpu)),
     ]
 
 
@@ -182,10 +182,11 @@ def _format_notes(estimate: Estimate, width: int | None) -> str:
 
 def format_case_line(case: Mapping[str, Any]) -> str:
     """One line of `estimate --cases` for people: id, peak and verdict, or the error."""
+    name = printable(str(case["id"]))
     if "error" in case:
-        return f"{case['id']}  error: {case['error']}"
+        return f"{name}  error: {printable(case['error'])}"
     peak = format_bytes(case["memory"]["peak_allocated_bytes"])
-    return f"{case['id']}  {peak}  {describe_fit(Fit(**case['fit']))}"
+    return f"{name}  {peak}  {describe_fit(Fit(**case['fit']))}"
 
 
 def format_plan_answer(plan: Plan, width: int | None = None) -> str:
