@@ -27,6 +27,8 @@ def cuda_rules(*, autocast: bool) -> Iterator[None]:
             stack.enter_context(mock.patch.object(functional, name, replacement))
         if autocast:
             stack.enter_context(cuda_autocast())
+            # Without a device it asks for CUDA's; PEFT casts a 4-bit layer's input or not by it.
+            stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", _is_autocast_enabled))
         yield
 
 
@@ -134,6 +136,14 @@ def cuda_autocast() -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+_ask_autocast = torch.is_autocast_enabled
+
+
+def _is_autocast_enabled(device_type: str = "cpu") -> bool:
+    enabled: bool = _ask_autocast(device_type)
+    return enabled
 
 
 def _overload(name: str) -> Any:
