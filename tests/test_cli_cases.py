@@ -131,9 +131,6 @@ def test_a_defect_of_finefit_costs_its_own_case_only() -> None:
     assert whole["id"] == "b"
 
 
-@pytest.mark.xfail(
-    reason="TrainSetup accepts an empty list of targets, and the layers then have no largest one"
-)
 def test_an_empty_list_of_targets_is_refused() -> None:
     (answer,) = answers(with_setup(targets=[]))
     assert "targets" in answer["error"]

@@ -20,7 +20,7 @@ from planner.cli_options import (
     resolve_machine,
     setup_options,
 )
-from planner.cli_tables import complete_model
+from planner.cli_tables import complete_model, online_option
 from planner.errors import FinefitError, UsageError
 from planner.planfile import looks_like_plan, read_plan, write_plan
 from planner.render import format_json, terminal_width
@@ -56,7 +56,7 @@ def set_option(function: Any) -> Any:
 @click.option(
     "--trace", is_flag=True, help="Trace the model's real step on fake tensors instead of the formulas."
 )
-@click.option("--online", is_flag=True, help="Look up an unknown hub id on the hub.")
+@online_option
 @setup_options(without=("model",))
 @json_option
 @click.pass_obj
@@ -113,13 +113,9 @@ def _estimate(setup: TrainSetup, machine: Machine) -> Estimate:
 
 
 def _estimate_online(setup: TrainSetup, machine: Machine) -> Estimate:
-    from planner.estimate import estimate
-    from planner.resolve import resolve_model
-    from planner.stack import parse_stack
+    from planner.estimate import estimate, resolve
 
-    splits = parse_stack(setup.stack).splits_experts
-    model = resolve_model(setup.model, revision=setup.revision, offline=False, experts_as_linears=splits)
-    return estimate(setup, machine, model)
+    return estimate(setup, machine, resolve(setup, offline=False))
 
 
 def _setup_and_machine(
@@ -181,6 +177,7 @@ def _case_lines(name: str) -> Iterator[bytes]:
     "--out", metavar="FILE", default="plan.yaml", show_default=True, help="Where the plan is written."
 )
 @click.option("--force", is_flag=True, help="Overwrite a file that is not a finefit plan.")
+@online_option
 @setup_options(without=("model",), shows_default=False)
 @json_option
 @click.pass_obj
@@ -192,6 +189,7 @@ def plan_command(
     global_batch_size: int | None,
     out: str,
     force: bool,
+    online: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
@@ -200,12 +198,13 @@ def plan_command(
     Every option below fixes what would otherwise be chosen. Exit code 3 means that nothing fits.
     """
     from planner.render_estimate import format_plan_answer
-    from planner.search import plan
+    from planner.search import open_model, plan
 
     wishes = {"model": model, **given_fields(options)}
     machine = resolve_machine(session, gpu, wishes)
     lengths, why_unknown = _row_lengths(session, wishes)
-    found = plan(wishes, machine, global_batch=global_batch_size, lengths=lengths)
+    spec = open_model(wishes, offline=not online)
+    found = plan(wishes, machine, global_batch=global_batch_size, lengths=lengths, model=spec)
     setup = found.estimate.setup
     label = "local" if machine.is_local else machine.label
     write_plan(Path(out), setup, label, summarise(found.estimate), force=force)

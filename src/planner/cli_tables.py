@@ -51,7 +51,7 @@ _method_option = click.option(
     shell_complete=_complete_method,
     help="Method to compare; may be repeated (default: full, lora and qlora).",
 )
-_online_option = click.option("--online", is_flag=True, help="Look up unknown hub ids on the hub.")
+online_option = click.option("--online", is_flag=True, help="Look up unknown hub ids on the hub.")
 
 
 @click.command("fits", cls=SectionedCommand, epilog="Example: finefit fits rtx-4090:2 --model llama-3.1-8b")
@@ -68,7 +68,7 @@ _online_option = click.option("--online", is_flag=True, help="Look up unknown hu
 @click.option(
     "--license", "license_name", type=click.Choice(LICENSE_CHOICES), help="Only models licensed for it."
 )
-@_online_option
+@online_option
 @setup_options(without=_BY_TABLE)
 @json_option
 @click.pass_obj
@@ -120,7 +120,7 @@ def _name_conditions(models: Mapping[str, ModelSpec]) -> None:
     default="USD",
     help="Of the prices.",
 )
-@_online_option
+@online_option
 @setup_options(without=_BY_TABLE)
 @json_option
 def needs_command(

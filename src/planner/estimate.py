@@ -77,11 +77,14 @@ class Estimator:
         return [*NOT_MODELLED, *([NOT_MODELLED_SHARDED] if self.setup.num_gpus > 1 else [])]
 
 
-def resolve(setup: TrainSetup) -> ModelSpec:
-    """The setup's model, with experts as its stack keeps them."""
-    splits = parse_stack(setup.stack).splits_experts
+def resolve(setup: TrainSetup, *, offline: bool = True) -> ModelSpec:
+    """The setup's model, with experts as its stack keeps them and the head of its objective."""
     return resolve_model(
-        setup.model, revision=setup.revision, experts_as_linears=splits, objective=setup.objective
+        setup.model,
+        revision=setup.revision,
+        offline=offline,
+        experts_as_linears=parse_stack(setup.stack).splits_experts,
+        objective=setup.objective,
     )
 
 

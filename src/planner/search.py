@@ -80,12 +80,14 @@ def plan(
     *,
     global_batch: int | None = None,
     lengths: DataLengths | None = None,
+    model: ModelSpec | None = None,
 ) -> Plan:
     """The best configuration for `machine`; `wishes` are TrainSetup fields that the user fixed.
 
+    `model` saves resolving `wishes["model"]`, or comes from the hub.
     Raises DoesNotFitError with the smallest shortfall when nothing fits, SetupError for contradictory wishes.
     """
-    model = resolve(TrainSetup(**_only(wishes, "model", "revision", "stack")))
+    model = model or open_model(wishes)
     shape = _shape(wishes, model, lengths, _global_batch(wishes, global_batch))
     rejected: list[Rejected] = []
     for candidate in _candidates(wishes, machine):
@@ -104,8 +106,10 @@ def plan(
     raise _nothing_fits(machine, rejected)
 
 
-def _only(wishes: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: wishes[name] for name in names if wishes.get(name) is not None}
+def open_model(wishes: Mapping[str, Any], *, offline: bool = True) -> ModelSpec:
+    """The model that the wishes name. Raises as planner.resolve does."""
+    named = {k: wishes[k] for k in ("model", "revision", "stack", "objective") if wishes.get(k) is not None}
+    return resolve(TrainSetup(**named), offline=offline)
 
 
 def _shape(
@@ -251,7 +255,7 @@ def _reasons(
     asked = "" if setup.global_batch_size == wanted else f" (asked: {wanted})"
     return (
         f"{candidate.label}: {first}",
-        f"{batch} = {setup.global_batch_size} sequences per step{asked}",
+        f"{batch} = {setup.global_batch_size} {'sequence' if setup.global_batch_size == 1 else 'sequences'} per step{asked}",
         *shape.reasons,
     )
 

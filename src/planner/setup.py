@@ -176,7 +176,8 @@ def _check_values(setup: TrainSetup) -> None:
         value = getattr(setup, name)
         if value is not None and not low <= value <= high:
             raise SetupError(name, f"{value} is outside {low:g} to {high:g}")
-    if isinstance(setup.targets, tuple) and not all(isinstance(t, str) and t for t in setup.targets):
+    is_list = isinstance(setup.targets, tuple)
+    if not setup.targets or (is_list and not all(isinstance(t, str) and t for t in setup.targets)):
         raise SetupError("targets", "must be all-linear or a list of module names")
 
 
