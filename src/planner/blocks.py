@@ -72,10 +72,11 @@ def layer_memory(layer: LayerSpec, hidden_size: int, recipe: Recipe) -> BlockMem
 
 
 def head_memory(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes) -> BlockMemory:
-    """Final norm, head and loss."""
+    """The last layer's output, final norm, head and loss."""
     block = _Block(recipe)
     size = per_token(recipe.stream * model.hidden_size)
-    stream = block.tape.input(size, recipe.stream)
+    layers = block.tape.input(size, recipe.stream)
+    stream = block.tape.run([layers], size, recipe.stream, shares_grad=True)
     hidden = block.norm(stream, model.hidden_size, norm)
     if model.head is not None and kind.chunk_tokens:
         block.chunked_loss(hidden, model.head, kind)

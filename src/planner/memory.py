@@ -222,21 +222,28 @@ class _Step:
             if not self.is_checkpointed:
                 for name, size in zip(CATEGORIES, block.memory.saved, strict=True):
                     kept[name] += count * evaluate(size, self.tokens, self.seq_len)
-        kept["workspace"] += self._autocast_copies() + self.owner.communication_bytes()
+        kept["workspace"] += self._stored_copies() + self.owner.communication_bytes()
         return kept
 
-    def _autocast_copies(self) -> float:
-        """Autocast keeps a 16-bit copy of each trained float32 matrix until its context ends.
-
-        Without checkpointing the blocks count the copies themselves, since their backward needs them.
-        """
+    def _autocast_copies(self, *, with_head: bool = False) -> float:
+        """Autocast keeps a 16-bit copy of each trained float32 matrix until its context ends; the layers' copies."""
         setup, owner = self.owner.setup, self.owner
         width = DTYPE_BYTES[setup.adapter_dtype if setup.uses_adapters else setup.weights_dtype]
-        if setup.autocast is None or width != 4 or not self.is_checkpointed:
+        if setup.autocast is None or width != 4:
             return 0.0
         if setup.uses_adapters:
             return 2.0 * owner.inventory.trained_params
-        return 2.0 * sum(x.count * m.num_weights for x in owner.model.layers for m in x.matrices)
+        head = owner.model.head.num_weights if with_head and owner.model.head else 0
+        return 2.0 * (head + sum(x.count * m.num_weights for x in owner.model.layers for m in x.matrices))
+
+    def _stored_copies(self) -> float:
+        """Autocast's copies while the forward runs, where the blocks don't count them as saved themselves."""
+        is_counted = not self.is_checkpointed and not self.owner.setup.uses_adapters
+        return 0.0 if is_counted else self._autocast_copies()
+
+    def _freed_copies(self) -> float:
+        """Those of them that no backward needs: checkpointed layers make them again."""
+        return self._stored_copies() if self.is_checkpointed else 0.0
 
     def _forward(self) -> dict[str, float]:
         """The last layer at work, or the head making its logits."""
@@ -263,7 +270,7 @@ class _Step:
 
         In between, stored activations shrink and gradients grow linearly, so the maximum is at an end.
         """
-        copies = {"workspace": -self._autocast_copies()}
+        copies = {"workspace": -self._freed_copies()}
         head = self._shard_grads(self.owner.head(self.tokens).backward.at(self.tokens, self.seq_len))
         candidates = [self._plus(self.stored, copies, head)]
         for block in self.owner.blocks:
@@ -346,13 +353,16 @@ class _Step:
         return self._plus({"gradients": grads, "optimizer": step, "activations": -self.base["activations"]})
 
     def _eval(self) -> dict[str, float]:
-        setup = self.owner.setup
-        ratio = (setup.eval_batch_size or setup.micro_batch_size) / setup.micro_batch_size
-        tokens = round(self.tokens * ratio)
-        head = self.owner.head(tokens).no_grad.at(tokens, self.seq_len)
-        block = self.owner.blocks[-1].memory.no_grad.at(tokens, self.seq_len)
-        larger = max(head, block, key=lambda terms: sum(terms.values()))
-        return self._plus(larger)
+        """The head, or a layer beside its input and the embeddings' output, which the model's forward holds."""
+        setup, owner = self.owner.setup, self.owner
+        rows = setup.eval_batch_size or setup.micro_batch_size
+        tokens = round(self.tokens * rows / setup.micro_batch_size)
+        copies = {"workspace": self._autocast_copies(with_head=True)}
+        held = {"activations": 2.0 * self.stream * rows / setup.micro_batch_size}
+        peaks = [self._plus(copies, owner.head(tokens).no_grad.at(tokens, self.seq_len))]
+        for block in owner.blocks:
+            peaks.append(self._plus(copies, held, block.memory.no_grad.at(tokens, self.seq_len)))
+        return max(peaks, key=lambda terms: sum(terms.values()))
 
 
 def _recipe(setup: TrainSetup, model: ModelSpec, stack: Stack, on_gpu: bool) -> Recipe:
