@@ -272,6 +272,16 @@ def test_autocast_runs_cudas_float32_operators_in_float32():
     assert dtypes() != [f32, f32, f32, bf16, bf16], "the CPU's own lists are back"
 
 
+def test_libraries_that_ask_for_cudas_autocast_see_the_traced_one():
+    # PEFT decides by it whether a 4-bit layer's input is copied for each adapter.
+    with cuda_rules(autocast=True):
+        assert not torch.is_autocast_enabled()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.is_autocast_enabled()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.is_autocast_enabled()
+
+
 def test_a_4bit_product_of_many_rows_unpacks_its_weight():
     def held(num_rows: int) -> list[tuple[int, ...]]:
         rows = torch.empty((num_rows, 128), dtype=torch.bfloat16, device="meta")
