@@ -6,7 +6,7 @@ All sizes are whole models', before any sharding.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.layers import adapter_rank, quantised_matrices, target_matrices
 from planner.methods import find_method
@@ -65,9 +65,11 @@ def take_inventory(setup: TrainSetup, model: ModelSpec) -> Inventory:
     optimizer = find_optimizer(setup.optimizer)
     trained = list(trained_tensors(setup, model))
     gradients = sum(t.num_elements * t.count * t.width for t in trained)
-    states, on_host = _states(optimizer, trained)
-    largest = max(t.num_elements * t.width for t in trained)
     has_master = setup.master_weights == "float32"
+    # The optimizer steps on what holds the exact value, and keeps its states in that dtype.
+    stepped = [replace(t, width=4) for t in trained] if has_master else trained
+    states, on_host = _states(optimizer, stepped)
+    largest = max(t.num_elements * t.width for t in trained)
     num_trained = sum(t.num_elements * t.count for t in trained)
     return Inventory(
         weights_bytes=_weights(setup, model),
@@ -76,12 +78,22 @@ def take_inventory(setup: TrainSetup, model: ModelSpec) -> Inventory:
         gradients_bytes=gradients,
         states_bytes=states,
         host_states_bytes=on_host,
-        step_bytes=round(optimizer.step_copies * (largest if setup.optimizer_in_backward else gradients)),
+        # Master weights step with float32 gradients, which take the place of the narrower ones.
+        step_bytes=round(optimizer.step_copies * _stepped_bytes(setup, stepped))
+        + (4 * num_trained - gradients if has_master else 0),
         largest_trained_bytes=largest,
         largest_layer_bytes=max(_layer_bytes(setup, layer) for layer in model.layers),
         root_bytes=_root_params(model) * unquantised_width(setup),
         trained_params=num_trained,
     )
+
+
+def _stepped_bytes(setup: TrainSetup, stepped: list[TrainedTensor]) -> int:
+    """Bytes that one call of the optimizer steps on: everything, or one tensor under optimizer_in_backward."""
+    sizes = [t.num_elements * t.width for t in stepped]
+    if setup.optimizer_in_backward:
+        return max(sizes)
+    return sum(size * t.count for size, t in zip(sizes, stepped, strict=True))
 
 
 def unquantised_width(setup: TrainSetup) -> int:
