@@ -93,7 +93,9 @@ class LossBytes:
     copies them (transformers before the labels were padded instead); `keeps_16bit` and `keeps_input`: the
     model's forward still holds the 16-bit logits, or the head's input, while the loss runs;
     `in_place_grad`: a fused kernel writes the gradient over the logits; `scaled`: logits are multiplied once.
-    `ends_at_logits`: the forward only. Chunk by chunk: `chunk_tokens` at a time with `chunk_width` bytes for each of a chunk's logits.
+    `ends_at_logits`: the forward only. Chunk by chunk: `chunk_tokens` at a time, with `softmax_width` bytes for each
+    logit of a chunk while its loss is computed and `gradient_width` while its gradients are; `evaluates`: without
+    gradients.
     """
 
     upcast: bool = True
@@ -104,7 +106,9 @@ class LossBytes:
     scaled: bool = False
     ends_at_logits: bool = False
     chunk_tokens: int = 0
-    chunk_width: int = 0
+    softmax_width: int = 0
+    gradient_width: int = 0
+    evaluates: bool = False
 
 
 class _Block:
@@ -410,22 +414,23 @@ class _Block:
 
         The backward multiplies them by the loss' gradient, out of place.
         """
-        recipe = self.recipe
-        hidden = self.cast(hidden, recipe.compute, head.in_features)
-        weight = self._weight_grad(head.num_weights, recipe.weight)
-        waiting = add(per_token(recipe.compute * head.in_features), weight)
-        chunk = constant(kind.chunk_tokens * kind.chunk_width * head.out_features)
+        recipe, num_logits = self.recipe, kind.chunk_tokens * head.out_features
+        weight = ZERO if kind.evaluates else self._weight_grad(head.num_weights, recipe.weight)
+        rows = ZERO if kind.evaluates else per_token(hidden.width * head.in_features)
+        copy = recipe.compute * head.num_weights if recipe.weight != recipe.compute else 0
         grads = self.tape.run(
             [hidden],
-            waiting,
-            recipe.compute,
+            add(rows, weight),
+            hidden.width,
             saves_output=True,
-            temp=add(chunk, weight),
+            temp=constant(num_logits * kind.softmax_width + copy),
             weight_grad=weight,
             category=LOGITS,
         )
         grads.grad_size = ZERO
-        self.tape.run([grads], ZERO, FULL_WIDTH, category=LOGITS)
+        product = scale(weight, recipe.compute / recipe.weight)
+        temp = add(constant(num_logits * kind.gradient_width + copy), product)
+        self.tape.run([grads], ZERO, FULL_WIDTH, temp=temp, category=LOGITS)
 
     def _hold_until_loss(self, tensor: Tensor) -> None:
         """A Python variable that keeps a tensor alive until the loss is there."""

@@ -106,9 +106,9 @@ class MemoryModel:
             disk_bytes=self._disk_bytes(),
         )
 
-    def head(self, tokens: int, *, ends_at_logits: bool = False) -> BlockMemory:
+    def head(self, tokens: int, *, ends_at_logits: bool = False, evaluates: bool = False) -> BlockMemory:
         """Final norm, head and loss; how many tokens a chunked loss takes at once depends on the batch."""
-        kind = _loss_bytes(self.setup, self.model, self._stack, tokens)
+        kind = _loss_bytes(self.setup, self.model, self._stack, tokens, evaluates)
         if ends_at_logits:
             kind = replace(kind, ends_at_logits=True)
         if kind not in self._heads:
@@ -359,7 +359,8 @@ class _Step:
         tokens = round(self.tokens * rows / setup.micro_batch_size)
         copies = {"workspace": self._autocast_copies(with_head=True)}
         held = {"activations": 2.0 * self.stream * rows / setup.micro_batch_size}
-        peaks = [self._plus(copies, owner.head(tokens).no_grad.at(tokens, self.seq_len))]
+        head = owner.head(tokens, evaluates=True).no_grad
+        peaks = [self._plus(copies, head.at(tokens, self.seq_len))]
         for block in owner.blocks:
             peaks.append(self._plus(copies, held, block.memory.no_grad.at(tokens, self.seq_len)))
         return max(peaks, key=lambda terms: sum(terms.values()))
@@ -395,10 +396,10 @@ _OWN_LOSS_FAMILIES = ("granite", "granitemoe")
 
 
 LOSS_CHUNK_TOKENS = 512
-"""bench.loss takes this many tokens at once; 16-bit logits and their float32 log-softmax exist together."""
+"""bench.loss takes this many tokens at once."""
 
 
-def _loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int) -> LossBytes:
+def _loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, evaluates: bool) -> LossBytes:
     """How the loss of the setup's stack treats the logits.
 
     transformers before 4.50 slices and copies the float32 logits instead of padding the labels, inside the
@@ -406,9 +407,10 @@ def _loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int) 
     """
     compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
     if setup.loss == "chunked":
-        return LossBytes(chunk_tokens=min(LOSS_CHUNK_TOKENS, tokens), chunk_width=compute + 4)
+        return _chunked_bytes(setup, tokens, evaluates)
     if setup.loss == "fused":
-        return LossBytes(chunk_tokens=liger_chunk_tokens(model, tokens), chunk_width=compute)
+        chunk = liger_chunk_tokens(model, tokens)
+        return LossBytes(chunk_tokens=chunk, softmax_width=compute, gradient_width=compute)
     is_old = stack.is_before("transformers", 4, 50)
     has_own_loss = model.family in _OWN_LOSS_FAMILIES
     return LossBytes(
@@ -418,6 +420,26 @@ def _loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int) 
         keeps_input=is_old,
         in_place_grad=setup.kernels == "fused",
         scaled=has_own_loss,
+    )
+
+
+def _chunked_bytes(setup: TrainSetup, tokens: int, evaluates: bool) -> LossBytes:
+    """bench.loss.ChunkedCrossEntropy, step by step.
+
+    Of one chunk: the logits, their float32 copy (float16 is widened inside the kernel: SoftMax.cpp), the float32
+    log-probabilities, which the gradient overwrites, and the gradient in the dtype of the hidden states. Log-probabilities and
+    gradient of a chunk live until the next one has its own.
+    """
+    dtype = setup.autocast or setup.weights_dtype
+    compute, rows = DTYPE_BYTES[dtype], unquantised_width(setup)
+    copy = 4 if dtype == "bfloat16" else 0
+    gradient = 4 + (rows if rows != 4 else 0)
+    before = (4 if evaluates else gradient) if tokens > LOSS_CHUNK_TOKENS else 0
+    return LossBytes(
+        evaluates=evaluates,
+        chunk_tokens=min(LOSS_CHUNK_TOKENS, tokens),
+        softmax_width=before + compute + copy + 4,
+        gradient_width=gradient + (compute if rows != compute else 0),
     )
 
 
