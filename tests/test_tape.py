@@ -182,6 +182,28 @@ def test_a_tensor_without_a_gradient_can_wait_for_the_backward():
     assert total(memory.backward) == 60
 
 
+def test_what_is_kept_behind_a_checkpoints_back_is_saved_and_counted_apart():
+    tape = Tape()
+    x = tape.input(constant(5), 1)
+    a = tape.run([x], constant(10), 1)
+    tape.run([a], constant(20), 1)
+    tape.keep(x, a)
+    memory = tape.play()
+    assert memory.saves_input
+    assert saved_bytes(memory) == 10
+    assert sum(evaluate(size, TOKENS, SEQ_LEN) for size in memory.kept) == 10
+    assert sum(evaluate(size, TOKENS, SEQ_LEN) for size in tape.play(is_reentrant=True).kept) == 0
+
+
+def test_nothing_is_kept_for_a_backward_that_never_comes():
+    tape = Tape()
+    x = tape.input(constant(5), 1, needs_grad=False)
+    a = tape.run([x], constant(10), 1)
+    tape.run([a], constant(20), 1)
+    tape.keep(a)
+    assert saved_bytes(tape.play()) == 0
+
+
 def test_categories_are_kept_apart():
     tape = Tape()
     x = tape.input(constant(0), 1)

@@ -36,7 +36,7 @@ class Recipe:
 
     `weight` of the 16/32-bit matrices, `norm` of norm weights (4 under kbit_upcast), `compute` of matrix
     products, `adapter` of adapters, `stream` of the embedding's output. `adapted` holds the matrices' paths
-    that get an adapter of `rank`. `quantised`: linears are bitsandbytes' 4-bit (or 8-bit) ones.
+    that get an adapter of `rank`. `quantised_bits`: linears are bitsandbytes' 4-bit or 8-bit ones (0: neither).
     `fused`: norms, rotary embeddings and gated activations in one kernel each that saves its input only (Triton,
     or torch.compile, whose partitioner recomputes pointwise operations in the backward). `on_gpu`: flash or
     memory-efficient kernels of CUDA instead of the CPU's. `reentrant`: checkpoints recompute a layer whole and keep
@@ -52,7 +52,7 @@ class Recipe:
     adapted: frozenset[str] = frozenset()
     trains_base: bool = False
     autocast: bool = False
-    quantised: bool = False
+    quantised_bits: int = 0
     dropout: bool = False
     attention: str = "sdpa"
     fused: bool = False
@@ -175,13 +175,12 @@ class _Block:
         `tokens_per_token` is above 1 for routed tokens. Under autocast the 16-bit copy of a float32 weight is
         saved for the backward of its product.
         """
-        is_quantised = (
-            self.recipe.quantised and matrix.kind in ("linear", "conv1d") and matrix.role != "router"
-        )
-        base = self._quantised_linear if is_quantised else self._plain_linear
+        can_be_packed = matrix.kind in ("linear", "conv1d") and matrix.role != "router"
+        bits = self.recipe.quantised_bits if can_be_packed else 0
+        base = {0: self._plain_linear, 4: self._linear_4bit, 8: self._linear_8bit}[bits]
         out = base(x, matrix, tokens_per_token)
         if matrix.path in self.recipe.adapted:
-            out = self._adapter(x, out, matrix, tokens_per_token, is_quantised)
+            out = self._adapter(x, out, matrix, tokens_per_token, is_quantised=bits > 0)
         self.tape.hold(x)
         return out
 
@@ -205,7 +204,7 @@ class _Block:
             inputs, out, recipe.compute, saves=saved, saves_weight=True, weight_grad=grad, category=category
         )
 
-    def _quantised_linear(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
+    def _linear_4bit(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
         """bitsandbytes' MatMul4Bit: saves the packed weight only, dequantises in forward and backward."""
         recipe = self.recipe
         asked = x.width
@@ -215,7 +214,23 @@ class _Block:
         result = self.tape.run([x], out, recipe.compute, temp=whole, grad_temp=whole)
         return self.cast(result, asked, matrix.out_features * share)
 
-    def _adapter(self, x: Tensor, out: Tensor, matrix: Matrix, share: float, is_quantised: bool) -> Tensor:
+    def _linear_8bit(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
+        """bitsandbytes' MatMul8bitLt: rows in float16, then in 8 bits; an int32 product; dequantises in the backward.
+
+        It keeps its input where a checkpoint doesn't find it, until the whole backward is done. Columns of
+        outliers, whose number depends on the data, are left out.
+        """
+        half = per_token(2 * matrix.in_features * share)
+        rows = self.tape.run([x], per_token(matrix.in_features * share), 1, temp=half)
+        rows.needs_grad = False
+        out = per_token(x.width * matrix.out_features * share)
+        product = per_token(4 * matrix.out_features * share)
+        whole = constant(x.width * matrix.num_weights / matrix.copies)
+        result = self.tape.run([x, rows], out, x.width, temp=product, grad_temp=whole)
+        self.tape.keep(x)
+        return result
+
+    def _adapter(self, x: Tensor, out: Tensor, matrix: Matrix, share: float, *, is_quantised: bool) -> Tensor:
         """out + B(A(x)) as peft's Linear does it; its 4-bit linear leaves the casts to autocast."""
         recipe = self.recipe
         # torch.is_autocast_enabled(), which peft's 4-bit linear asks, means CUDA's autocast only.
@@ -233,7 +248,9 @@ class _Block:
         wide = per_token(inner * matrix.out_features * share)
         high = self.tape.run([low], wide, inner, saves=[low], weight_grad=constant(weights_b))
         high = self.tape.run([high], wide, inner)
-        width = max(out.width, inner)
+        if is_quantised and not leaves_casts:
+            high = self.cast(high, out.width, matrix.out_features * share)
+        width = max(out.width, high.width)
         total = self.tape.run(
             [out, high], per_token(width * matrix.out_features * share), width, shares_grad=True
         )

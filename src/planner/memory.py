@@ -222,8 +222,14 @@ class _Step:
             if not self.is_checkpointed:
                 for name, size in zip(CATEGORIES, block.memory.saved, strict=True):
                     kept[name] += count * evaluate(size, self.tokens, self.seq_len)
+        kept["activations"] += self._escaped() if self.is_checkpointed else 0.0
         kept["workspace"] += self._stored_copies() + self.owner.communication_bytes()
         return kept
+
+    def _escaped(self) -> float:
+        """What operations of all layers keep behind a checkpoint's back until the whole backward is done."""
+        sizes = ((b.count, size) for b in self.owner.blocks for size in b.memory.kept)
+        return self.layer_share * sum(n * evaluate(s, self.tokens, self.seq_len) for n, s in sizes)
 
     def _autocast_copies(self, *, with_head: bool = False) -> float:
         """Autocast keeps a 16-bit copy of each trained float32 matrix until its context ends; the layers' copies."""
@@ -295,7 +301,7 @@ class _Step:
     def _only_first(self, block: _Block) -> dict[str, float]:
         kept = self.is_checkpointed or block.memory.saves_input
         return {
-            "activations": self.stream if kept else 0.0,
+            "activations": self._escaped() + (self.stream if kept else 0.0),
             "workspace": self.owner.communication_bytes(),
         }
 
@@ -325,13 +331,9 @@ class _Step:
         if self.held_grads:
             return {"gradients": self.held_grads}
         embedding = 0 if self.owner.model.tied_head else self._embedding_bytes()
-        own = block.memory.weight_gradients[0] / self._gradient_share()
+        share = self.owner.setup.num_gpus if self.owner.strategy.shards_gradients else 1
+        own = block.memory.weight_gradients[0] / share
         return {"gradients": max(0.0, self.all_grads - own - embedding)}
-
-    def _gradient_share(self) -> int:
-        """Ranks among which a gradient is split once it is made."""
-        how = self.owner.strategy
-        return self.owner.setup.num_gpus if how.shards_gradients or how.splits_layers else 1
 
     def _embedding_bytes(self) -> float:
         owner = self.owner
@@ -383,7 +385,7 @@ def _recipe(setup: TrainSetup, model: ModelSpec, stack: Stack, on_gpu: bool) -> 
         adapted=adapted,
         trains_base=find_method(setup.method).trains_base,
         autocast=setup.autocast is not None,
-        quantised=setup.quant is not None,
+        quantised_bits=_QUANTISED_BITS[setup.quant],
         dropout=setup.dropout > 0,
         attention=setup.attention,
         fused=setup.kernels != "plain" or setup.compile,
@@ -391,6 +393,8 @@ def _recipe(setup: TrainSetup, model: ModelSpec, stack: Stack, on_gpu: bool) -> 
         reentrant=stack.is_before("transformers", 5),
     )
 
+
+_QUANTISED_BITS = {None: 0, "nf4": 4, "nf4-double": 4, "fp4": 4, "int8": 8}
 
 _OWN_LOSS_FAMILIES = ("granite", "granitemoe")
 

@@ -68,6 +68,7 @@ class Tensor:
     last_use: int = -1
     saved_until: int = -1
     grad_size: Size | None = None
+    is_kept: bool = False
 
     @property
     def gradient(self) -> Size:
@@ -131,11 +132,13 @@ class BlockMemory:
     it). `forward` includes what the block has saved so far; `no_grad` is the forward with nothing saved
     (evaluation, and the first pass under checkpointing); `backward` includes what is still saved and all
     gradients made so far; `recompute` is the backward under checkpointing. `weight_gradients` are those that its
-    backward leaves behind.
+    backward leaves behind, `kept` what stays of the first pass under checkpointing until the whole backward is
+    done.
     """
 
     saved: Snapshot
     saves_input: bool
+    kept: Snapshot
     weight_gradients: Size
     forward: Peaks
     no_grad: Peaks
@@ -195,6 +198,17 @@ class Tape:
         for tensor in tensors:
             tensor.last_use = len(self.operations) - 1
 
+    def keep(self, *tensors: Tensor) -> None:
+        """The last operation saves tensors behind a checkpoint's back, until the whole backward is done."""
+        op = self.operations[-1]
+        if not op.output.needs_grad:
+            return
+        op.saves += tensors
+        for tensor in tensors:
+            tensor.is_kept = True
+            if tensor.saved_until != -2:
+                tensor.saved_until = len(self.operations) - 1
+
     def play(self, *, is_reentrant: bool = False) -> BlockMemory:
         """Run forward and backward; `is_reentrant` chooses how a checkpoint is recomputed."""
         snapshots, saved = self._forward(keep_saved=True)
@@ -212,12 +226,20 @@ class Tape:
         return BlockMemory(
             saved=(saved[0], saved[1], saved[2], saved[3]),
             saves_input=any(t.saved_until == -2 for op in self.operations for t in op.saves),
+            kept=NOTHING if is_reentrant else self._kept(),
             weight_gradients=_sum(op.weight_grad for op in self.operations),
             forward=Peaks(forward),
             no_grad=Peaks(_prune(self._forward(keep_saved=False)[0])),
             backward=Peaks(backward_peaks),
             recompute=Peaks(_prune(recompute)),
         )
+
+    def _kept(self) -> Snapshot:
+        kept = NOTHING
+        for tensor in (op.output for op in self.operations):
+            if tensor.is_kept:
+                kept = _with(kept, tensor.category, tensor.size)
+        return kept
 
     def _recompute_end(self) -> int:
         """Operations that a recomputation runs: inputs are saved before an operation runs, its output after."""
