@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from bench.build import inner_model
 from planner.errors import MissingExtraError, NotModelledError, SetupError
-from planner.memory import LOSS_CHUNK_TOKENS
+from planner.lowering import LOSS_CHUNK_TOKENS
 
 IGNORE_INDEX = -100
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.specs import LayerSpec, Matrix, ModelSpec
+from planner.specs import LayerSpec, Matrix
 from planner.tape import (
     ACTIVATIONS,
-    LOGITS,
     WORKSPACE,
     ZERO,
     BlockMemory,
@@ -62,7 +61,7 @@ class Recipe:
 
 def layer_memory(layer: LayerSpec, hidden_size: int, recipe: Recipe) -> BlockMemory:
     """One decoder or encoder layer: what it saves, and its peaks."""
-    block = _Block(recipe)
+    block = Block(recipe)
     stream = block.tape.input(per_token(recipe.stream * hidden_size), recipe.stream)
     hidden = block.attention(block.norm(stream, hidden_size, layer.norm), layer)
     stream = block.residual(stream, hidden, hidden_size)
@@ -71,47 +70,7 @@ def layer_memory(layer: LayerSpec, hidden_size: int, recipe: Recipe) -> BlockMem
     return block.tape.play(is_reentrant=recipe.reentrant)
 
 
-def head_memory(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes) -> BlockMemory:
-    """The last layer's output, final norm, head and loss."""
-    block = _Block(recipe)
-    size = per_token(recipe.stream * model.hidden_size)
-    layers = block.tape.input(size, recipe.stream)
-    stream = block.tape.run([layers], size, recipe.stream, shares_grad=True)
-    hidden = block.norm(stream, model.hidden_size, norm)
-    if model.head is not None and kind.chunk_tokens:
-        block.chunked_loss(hidden, model.head, kind)
-    elif model.head is not None:
-        block.loss(hidden, model.head, kind)
-    return block.tape.play()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossBytes:
-    """How a loss treats the logits.
-
-    With all of them at once (`chunk_tokens` 0): `upcast` casts them to float32; `shift_copy` then slices and
-    copies them (transformers before the labels were padded instead); `keeps_16bit` and `keeps_input`: the
-    model's forward still holds the 16-bit logits, or the head's input, while the loss runs;
-    `in_place_grad`: a fused kernel writes the gradient over the logits; `scaled`: logits are multiplied once.
-    `ends_at_logits`: the forward only. Chunk by chunk: `chunk_tokens` at a time, with `softmax_width` bytes for each
-    logit of a chunk while its loss is computed and `gradient_width` while its gradients are; `evaluates`: without
-    gradients.
-    """
-
-    upcast: bool = True
-    shift_copy: bool = False
-    keeps_16bit: bool = True
-    keeps_input: bool = False
-    in_place_grad: bool = False
-    scaled: bool = False
-    ends_at_logits: bool = False
-    chunk_tokens: int = 0
-    softmax_width: int = 0
-    gradient_width: int = 0
-    evaluates: bool = False
-
-
-class _Block:
+class Block:
     """Builds a tape from modules; every method returns the module's output."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -371,7 +330,7 @@ class _Block:
             out = self._expert(x, routed, chosen, hidden_size)
             return self.tape.run([out], per_token(x.width * hidden_size), x.width)
         share = chosen / layer.num_experts
-        waiting = _Block(self.recipe)
+        waiting = Block(self.recipe)
         waiting._expert(waiting.tape.input(x.size, x.width), routed, share, hidden_size)
         saved = scale(_total(waiting.tape.play().saved), layer.num_experts - 1)
         stash = self.tape.run([x], saved, x.width, saves_output=True)
@@ -400,58 +359,6 @@ class _Block:
 
     def _activation(self, x: Tensor, num_elements: float) -> Tensor:
         return self.tape.run([x], per_token(x.width * num_elements), x.width, saves=[x])
-
-    def loss(self, hidden: Tensor, head: Matrix, kind: LossBytes) -> None:
-        """Head product, float32 copy, log-softmax, negative log-likelihood."""
-        recipe, num = self.recipe, head.out_features
-        narrow, wide = per_token(recipe.compute * num), per_token(FULL_WIDTH * num)
-        first = logits = self._product(hidden, head, 1.0, LOGITS)
-        if kind.scaled:
-            first = logits = self.tape.run([logits], narrow, recipe.compute, category=LOGITS)
-        if kind.ends_at_logits:
-            return
-        if kind.in_place_grad:
-            self.tape.run([logits], per_token(FULL_WIDTH), FULL_WIDTH, saves=[logits], category=LOGITS)
-            return
-        if kind.upcast and recipe.compute != FULL_WIDTH:
-            logits = self.tape.run([logits], wide, FULL_WIDTH, category=LOGITS)
-        if kind.shift_copy:
-            upcast = logits
-            logits = self.tape.run([logits], wide, FULL_WIDTH, category=LOGITS)
-            self._hold_until_loss(upcast)
-        if kind.keeps_16bit:
-            self._hold_until_loss(first)
-        if kind.keeps_input:
-            self._hold_until_loss(hidden)
-        log_probs = self.tape.run([logits], wide, FULL_WIDTH, saves_output=True, category=LOGITS)
-        self.tape.run([log_probs], ZERO, FULL_WIDTH, saves=[log_probs], category=LOGITS)
-
-    def chunked_loss(self, hidden: Tensor, head: Matrix, kind: LossBytes) -> None:
-        """Each chunk's logits give its gradients at once; those of input and weight wait for the backward.
-
-        The backward multiplies them by the loss' gradient, out of place.
-        """
-        recipe, num_logits = self.recipe, kind.chunk_tokens * head.out_features
-        weight = ZERO if kind.evaluates else self._weight_grad(head.num_weights, recipe.weight)
-        rows = ZERO if kind.evaluates else per_token(hidden.width * head.in_features)
-        copy = recipe.compute * head.num_weights if recipe.weight != recipe.compute else 0
-        grads = self.tape.run(
-            [hidden],
-            add(rows, weight),
-            hidden.width,
-            saves_output=True,
-            temp=constant(num_logits * kind.softmax_width + copy),
-            weight_grad=weight,
-            category=LOGITS,
-        )
-        grads.grad_size = ZERO
-        product = scale(weight, recipe.compute / recipe.weight)
-        temp = add(constant(num_logits * kind.gradient_width + copy), product)
-        self.tape.run([grads], ZERO, FULL_WIDTH, temp=temp, category=LOGITS)
-
-    def _hold_until_loss(self, tensor: Tensor) -> None:
-        """A Python variable that keeps a tensor alive until the loss is there."""
-        tensor.last_use = len(self.tape.operations)
 
 
 def _total(snapshot: Snapshot) -> Size:

@@ -74,7 +74,7 @@ def _fragmentation_note(traced: TraceResult) -> str:
 def _workspace_bytes(setup: TrainSetup, machine: Machine, on_gpu: bool) -> int:
     """cuBLAS' workspaces, which go through torch's allocator."""
     model = MemoryModel(setup, resolve(setup), on_gpu=on_gpu, capability=machine.gpu.compute_capability)
-    return round(model.static()["workspace"])
+    return round(model.run.static()["workspace"])
 
 
 def _memory(traced: TraceResult, closed: Memory, workspace: int, on_gpu: bool) -> Memory:

@@ -1,0 +1,103 @@
+"""From a TrainSetup and its stack to what planner.blocks and planner.heads need: widths, modules, treatment of logits."""
+
+from __future__ import annotations
+
+from planner.blocks import Recipe
+from planner.heads import LossBytes
+from planner.inventory import unquantised_width
+from planner.layers import target_matrices
+from planner.methods import find_method
+from planner.setup import TrainSetup
+from planner.specs import ModelSpec
+from planner.stack import Stack
+from planner.units import DTYPE_BYTES
+
+
+def block_recipe(setup: TrainSetup, model: ModelSpec, stack: Stack, on_gpu: bool) -> Recipe:
+    """The widths and modules that decide what a block saves."""
+    weight = unquantised_width(setup)
+    compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
+    adapted: frozenset[str] = frozenset()
+    if setup.uses_adapters:
+        adapted = frozenset(matrix.path for _, matrix in target_matrices(model, setup.targets))
+    return Recipe(
+        weight=weight,
+        norm=weight,
+        compute=compute,
+        stream=weight,
+        adapter=DTYPE_BYTES[setup.adapter_dtype],
+        rank=setup.rank,
+        adapted=adapted,
+        trains_base=find_method(setup.method).trains_base,
+        autocast=setup.autocast is not None,
+        quantised_bits=_QUANTISED_BITS[setup.quant],
+        dropout=setup.dropout > 0,
+        attention=setup.attention,
+        fused=setup.kernels != "plain" or setup.compile,
+        on_gpu=on_gpu,
+        reentrant=stack.is_before("transformers", 5),
+    )
+
+
+_QUANTISED_BITS = {None: 0, "nf4": 4, "nf4-double": 4, "fp4": 4, "int8": 8}
+
+_OWN_LOSS_FAMILIES = ("granite", "granitemoe")
+
+
+LOSS_CHUNK_TOKENS = 512
+"""bench.loss takes this many tokens at once."""
+
+
+def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, evaluates: bool) -> LossBytes:
+    """How the loss of the setup's stack treats the logits.
+
+    transformers before 4.50 slices and copies the float32 logits instead of padding the labels, inside the
+    model's forward; Granite's own loss there drops the 16-bit logits first.
+    """
+    compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
+    if setup.loss == "chunked":
+        return _chunked_bytes(setup, tokens, evaluates)
+    if setup.loss == "fused":
+        chunk = liger_chunk_tokens(model, tokens)
+        return LossBytes(chunk_tokens=chunk, softmax_width=compute, gradient_width=compute)
+    is_old = stack.is_before("transformers", 4, 50)
+    has_own_loss = model.family in _OWN_LOSS_FAMILIES
+    return LossBytes(
+        upcast=setup.kernels == "plain",
+        shift_copy=is_old,
+        keeps_16bit=not (is_old and has_own_loss),
+        keeps_input=is_old,
+        in_place_grad=setup.kernels == "fused",
+        scaled=has_own_loss,
+    )
+
+
+def _chunked_bytes(setup: TrainSetup, tokens: int, evaluates: bool) -> LossBytes:
+    """bench.loss.ChunkedCrossEntropy, step by step.
+
+    Of one chunk: the logits, their float32 copy (float16 is widened inside the kernel: SoftMax.cpp), the float32
+    log-probabilities, which the gradient overwrites, and the gradient in the dtype of the hidden states. Log-probabilities and
+    gradient of a chunk live until the next one has its own.
+    """
+    dtype = setup.autocast or setup.weights_dtype
+    compute, rows = DTYPE_BYTES[dtype], unquantised_width(setup)
+    copy = 4 if dtype == "bfloat16" else 0
+    gradient = 4 + (rows if rows != 4 else 0)
+    before = (4 if evaluates else gradient) if tokens > LOSS_CHUNK_TOKENS else 0
+    return LossBytes(
+        evaluates=evaluates,
+        chunk_tokens=min(LOSS_CHUNK_TOKENS, tokens),
+        softmax_width=before + compute + copy + 4,
+        gradient_width=gradient + (compute if rows != compute else 0),
+    )
+
+
+def liger_chunk_tokens(model: ModelSpec, tokens: int) -> int:
+    """Tokens per chunk of Liger's fused linear cross-entropy.
+
+    Its chunk keeps chunk x vocabulary near tokens x hidden: next power of two of tokens / ceil(V / H)
+    (liger_kernel/ops/fused_linear_cross_entropy.py).
+    """
+    parts = -(-model.vocab_size // model.hidden_size)
+    per_chunk = -(-tokens // parts)
+    return min(tokens, 1 << (per_chunk - 1).bit_length())

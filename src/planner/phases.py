@@ -1,0 +1,288 @@
+"""The phases of one optimizer step: what is alive at each one's highest moment, by term."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from planner.blocks import layer_memory
+from planner.heads import LossBytes, head_memory
+from planner.inventory import take_inventory
+from planner.lowering import block_recipe, loss_bytes
+from planner.results import ALLOCATED_TERMS
+from planner.setup import TrainSetup
+from planner.sharding import STRATEGIES
+from planner.specs import ModelSpec
+from planner.stack import parse_stack
+from planner.tape import CATEGORIES, BlockMemory, evaluate
+from planner.units import DTYPE_BYTES
+
+INPUT_BYTES_PER_TOKEN = 32
+"""Token ids, labels, positions and mask as int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerKind:
+    """A kind of layer: how often it occurs, and its memory."""
+
+    count: int
+    memory: BlockMemory
+
+
+class Run:
+    """What of a setup and model doesn't depend on the batch, per rank.
+
+    `workspace_bytes`: what libraries take through the allocator.
+    """
+
+    def __init__(self, setup: TrainSetup, model: ModelSpec, *, on_gpu: bool, workspace_bytes: int) -> None:
+        """Raises SetupError for targets that match nothing, UnknownNameError for an unknown method."""
+        self.setup, self.model = setup, model
+        self.strategy = STRATEGIES[setup.sharding]
+        self.inventory = take_inventory(setup, model)
+        self._stack = parse_stack(setup.stack)
+        self.recipe = block_recipe(setup, model, self._stack, on_gpu)
+        self.blocks = [
+            _LayerKind(x.count, layer_memory(x, model.hidden_size, self.recipe)) for x in model.layers
+        ]
+        self._heads: dict[LossBytes, BlockMemory] = {}
+        self._ranks = setup.num_gpus
+        self._workspace = workspace_bytes
+
+    def head(self, tokens: int, *, ends_at_logits: bool = False, evaluates: bool = False) -> BlockMemory:
+        """Final norm, head and loss; how many tokens a chunked loss takes at once depends on the batch."""
+        kind = loss_bytes(self.setup, self.model, self._stack, tokens, evaluates)
+        if ends_at_logits:
+            kind = replace(kind, ends_at_logits=True)
+        if kind not in self._heads:
+            self._heads[kind] = head_memory(self.model, self.model.layers[-1].norm, self.recipe, kind)
+        return self._heads[kind]
+
+    def static(self) -> dict[str, float]:
+        """What every phase of a running step holds, per rank: weights, adapters, optimizer states, workspace."""
+        inv, how, ranks = self.inventory, self.strategy, self._ranks
+        base = inv.weights_bytes / (ranks if how.shards_weights or how.splits_layers else 1)
+        adapters = inv.adapters_bytes / (ranks if how.shards_weights or how.splits_layers else 1)
+        states = (inv.states_bytes + inv.master_bytes) / (
+            ranks if how.shards_optimizer or how.splits_layers else 1
+        )
+        if self.setup.offload == "params+optimizer":
+            base = adapters = 0.0
+        if self.setup.offload != "none":
+            states = 0.0
+        terms = dict.fromkeys(ALLOCATED_TERMS, 0.0)
+        terms |= {"weights": base, "adapters": adapters, "optimizer": states}
+        terms["workspace"] = self._workspace
+        return terms
+
+    def communication_bytes(self) -> float:
+        """Gathered weights and buckets that exist through forward and backward, not in the optimizer's step."""
+        inv, how = self.inventory, self.strategy
+        if self._ranks == 1:
+            return 0.0
+        gathered = how.gathered_groups * inv.largest_layer_bytes
+        gathered += inv.root_bytes if how.gathered_groups else 0
+        bucket = min(how.bucket_elements, inv.trained_params) * DTYPE_BYTES[self.setup.weights_dtype]
+        return gathered + bucket + how.gradient_copies * inv.gradients_bytes
+
+    def gradients_per_rank(self) -> float:
+        """All gradients that one rank holds after a backward."""
+        how = self.strategy
+        share = self._ranks if how.shards_gradients or how.splits_layers else 1
+        return self.inventory.gradients_bytes / share
+
+
+class Step:
+    """The phases of one optimizer step for one batch shape."""
+
+    def __init__(self, run: Run, tokens: int, seq_len: int) -> None:
+        self.run, self.tokens, self.seq_len = run, tokens, seq_len
+        setup = run.setup
+        self.is_checkpointed = setup.checkpointing == "full"
+        stages = setup.num_gpus if run.strategy.splits_layers else 1
+        self.layer_share = 1 / stages
+        self.stream = tokens * run.recipe.stream * run.model.hidden_size
+        self.all_grads = 0.0 if setup.optimizer_in_backward else run.gradients_per_rank()
+        self.held_grads = self.all_grads if setup.grad_accum_steps > 1 else 0.0
+        self.base = run.static()
+        self.base["activations"] += INPUT_BYTES_PER_TOKEN * tokens
+        self.stored = self._stored()
+
+    def phases(self) -> dict[str, dict[str, float]]:
+        """Bytes by term for each phase."""
+        return {
+            "load": self._plus(self._before_states()),
+            "forward": self._forward(),
+            "loss": self._loss(),
+            "backward": self._backward(),
+            "optimizer": self._optimizer(),
+            "eval": self._eval(),
+            "save": self._plus({}),
+            "resume": self._plus({"gradients": self.all_grads}),
+        }
+
+    def _before_states(self) -> dict[str, float]:
+        """Loading: everything that is there before the optimizer's first step has made its states."""
+        return {"optimizer": -self.base["optimizer"]}
+
+    def _plus(self, *parts: Mapping[str, float]) -> dict[str, float]:
+        total = dict(self.base)
+        for part in parts:
+            for name, value in part.items():
+                total[name] += value
+        return total
+
+    def _stored(self) -> dict[str, float]:
+        """What all layers keep between their forward and their backward."""
+        kept = {"activations": 0.0, "logits": 0.0, "workspace": 0.0, "gradients": self.held_grads}
+        for block in self.run.blocks:
+            count = block.count * self.layer_share
+            if self.is_checkpointed or block.memory.saves_input:
+                kept["activations"] += count * self.stream
+            if not self.is_checkpointed:
+                for name, size in zip(CATEGORIES, block.memory.saved, strict=True):
+                    kept[name] += count * evaluate(size, self.tokens, self.seq_len)
+        kept["activations"] += self._escaped() if self.is_checkpointed else 0.0
+        kept["workspace"] += self._stored_copies() + self.run.communication_bytes()
+        return kept
+
+    def _escaped(self) -> float:
+        """What operations of all layers keep behind a checkpoint's back until the whole backward is done."""
+        sizes = ((b.count, size) for b in self.run.blocks for size in b.memory.kept)
+        return self.layer_share * sum(n * evaluate(s, self.tokens, self.seq_len) for n, s in sizes)
+
+    def _autocast_copies(self, *, with_head: bool = False) -> float:
+        """Autocast keeps a 16-bit copy of each trained float32 matrix until its context ends; the layers' copies."""
+        setup, run = self.run.setup, self.run
+        width = DTYPE_BYTES[setup.adapter_dtype if setup.uses_adapters else setup.weights_dtype]
+        if setup.autocast is None or width != 4:
+            return 0.0
+        if setup.uses_adapters:
+            return 2.0 * run.inventory.trained_params
+        head = run.model.head.num_weights if with_head and run.model.head else 0
+        return 2.0 * (head + sum(x.count * m.num_weights for x in run.model.layers for m in x.matrices))
+
+    def _stored_copies(self) -> float:
+        """Autocast's copies while the forward runs, where the blocks don't count them as saved themselves."""
+        is_counted = not self.is_checkpointed and not self.run.setup.uses_adapters
+        return 0.0 if is_counted else self._autocast_copies()
+
+    def _freed_copies(self) -> float:
+        """Those of them that no backward needs: checkpointed layers make them again."""
+        return self._stored_copies() if self.is_checkpointed else 0.0
+
+    def _forward(self) -> dict[str, float]:
+        """The last layer at work, or the head making its logits."""
+        memory = self.run.blocks[-1].memory
+        logits = self._plus(self.stored)
+        if self.run.setup.loss == "full":
+            head = self.run.head(self.tokens, ends_at_logits=True)
+            logits = self._plus(self.stored, head.forward.at(self.tokens, self.seq_len))
+        return max(self._last_layer(memory), logits, key=lambda terms: sum(terms.values()))
+
+    def _last_layer(self, memory: BlockMemory) -> dict[str, float]:
+        if self.is_checkpointed:
+            return self._plus(self.stored, memory.no_grad.at(self.tokens, self.seq_len))
+        saved = {
+            n: -evaluate(s, self.tokens, self.seq_len) for n, s in zip(CATEGORIES, memory.saved, strict=True)
+        }
+        return self._plus(self.stored, saved, memory.forward.at(self.tokens, self.seq_len))
+
+    def _loss(self) -> dict[str, float]:
+        return self._plus(self.stored, self.run.head(self.tokens).forward.at(self.tokens, self.seq_len))
+
+    def _backward(self) -> dict[str, float]:
+        """The largest of: the loss' own backward, and each kind of layer as the last and as the first one.
+
+        In between, stored activations shrink and gradients grow linearly, so the maximum is at an end.
+        """
+        copies = {"workspace": -self._freed_copies()}
+        head = self._shard_grads(self.run.head(self.tokens).backward.at(self.tokens, self.seq_len))
+        candidates = [self._plus(self.stored, copies, head)]
+        for block in self.run.blocks:
+            peaks = block.memory.recompute if self.is_checkpointed else block.memory.backward
+            peak = self._shard_grads(peaks.at(self.tokens, self.seq_len))
+            candidates.append(
+                self._plus(self.stored, copies, self._without_own(block), peak, self._head_grads())
+            )
+            candidates.append(self._plus(self._only_first(block), peak, self._late_grads(block)))
+        candidates.append(self._embedding_backward())
+        return max(candidates, key=lambda terms: sum(terms.values()))
+
+    def _without_own(self, block: _LayerKind) -> dict[str, float]:
+        """A peak of a layer that isn't recomputed counts what it saved itself; take it out of the stored."""
+        if self.is_checkpointed:
+            return {}
+        return {
+            n: -evaluate(s, self.tokens, self.seq_len)
+            for n, s in zip(CATEGORIES, block.memory.saved, strict=True)
+        }
+
+    def _only_first(self, block: _LayerKind) -> dict[str, float]:
+        kept = self.is_checkpointed or block.memory.saves_input
+        return {
+            "activations": self._escaped() + (self.stream if kept else 0.0),
+            "workspace": self.run.communication_bytes(),
+        }
+
+    def _shard_grads(self, peak: dict[str, float]) -> dict[str, float]:
+        """Gradients that were made within a block: freed at once under an optimizer in the backward."""
+        if self.run.setup.optimizer_in_backward:
+            largest = self.run.inventory.largest_trained_bytes
+            return {**peak, "gradients": min(peak["gradients"], largest)}
+        if self.held_grads:
+            return {**peak, "gradients": min(peak["gradients"], self.run.inventory.largest_trained_bytes)}
+        return peak
+
+    def _head_grads(self) -> dict[str, float]:
+        """Gradients of head and final norm, made before the first layer's backward."""
+        if self.held_grads or self.run.setup.optimizer_in_backward:
+            return {}
+        run = self.run
+        if not run.recipe.trains_base or run.model.head is None:
+            return {}
+        share = run.setup.num_gpus if run.strategy.shards_gradients else 1
+        return {"gradients": run.model.head.num_weights * run.recipe.weight / share}
+
+    def _late_grads(self, block: _LayerKind) -> dict[str, float]:
+        """All gradients but those that the first layer and the embedding are about to make."""
+        if self.run.setup.optimizer_in_backward:
+            return {}
+        if self.held_grads:
+            return {"gradients": self.held_grads}
+        embedding = 0 if self.run.model.tied_head else self._embedding_bytes()
+        share = self.run.setup.num_gpus if self.run.strategy.shards_gradients else 1
+        own = block.memory.weight_gradients[0] / share
+        return {"gradients": max(0.0, self.all_grads - own - embedding)}
+
+    def _embedding_bytes(self) -> float:
+        run = self.run
+        if not run.recipe.trains_base:
+            return 0.0
+        return run.model.token_embedding_params * run.recipe.weight
+
+    def _embedding_backward(self) -> dict[str, float]:
+        """The embedding's dense gradient beside all others; with a tied head it is added to the head's."""
+        second = self._embedding_bytes() if self.run.model.tied_head or self.held_grads else 0.0
+        grads = self.all_grads or self._embedding_bytes()
+        return self._plus({"gradients": grads + second, "activations": float(self.stream)})
+
+    def _optimizer(self) -> dict[str, float]:
+        inventory = self.run.inventory
+        share = self.run.setup.num_gpus if self.run.strategy.shards_optimizer else 1
+        step = 0.0 if self.run.setup.offload != "none" else inventory.step_bytes / share
+        grads = self.all_grads or inventory.largest_trained_bytes
+        return self._plus({"gradients": grads, "optimizer": step, "activations": -self.base["activations"]})
+
+    def _eval(self) -> dict[str, float]:
+        """The head, or a layer beside its input and the embeddings' output, which the model's forward holds."""
+        setup, run = self.run.setup, self.run
+        rows = setup.eval_batch_size or setup.micro_batch_size
+        tokens = round(self.tokens * rows / setup.micro_batch_size)
+        copies = {"workspace": self._autocast_copies(with_head=True)}
+        held = {"activations": 2.0 * self.stream * rows / setup.micro_batch_size}
+        head = run.head(tokens, evaluates=True).no_grad
+        peaks = [self._plus(copies, head.at(tokens, self.seq_len))]
+        for block in run.blocks:
+            peaks.append(self._plus(copies, held, block.memory.no_grad.at(tokens, self.seq_len)))
+        return max(peaks, key=lambda terms: sum(terms.values()))
