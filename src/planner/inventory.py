@@ -25,17 +25,23 @@ NESTED_CODEBOOK_BYTES = 256 * 4
 
 @dataclass(frozen=True, slots=True)
 class TrainedTensor:
-    """`count` equal parameters of rows x columns that train; `width` is their bytes per element."""
+    """`count` equal parameters of `stack` x rows x columns that train; `width` is their bytes per element."""
 
     rows: int
     columns: int
     count: int
     width: int
+    stack: int = 1
 
     @property
     def num_elements(self) -> int:
         """Elements of one of them."""
-        return self.rows * self.columns
+        return self.stack * self.rows * self.columns
+
+    @property
+    def factors(self) -> tuple[int, int] | None:
+        """Elements of all its matrices' rows and columns, None for a vector."""
+        return (self.stack * self.rows, self.stack * self.columns) if self.rows > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +86,7 @@ def take_inventory(setup: TrainSetup, model: ModelSpec) -> Inventory:
         host_states_bytes=on_host,
         # Master weights step with float32 gradients, which take the place of the narrower ones.
         step_bytes=round(optimizer.step_copies * _stepped_bytes(setup, stepped))
+        + max(optimizer.tensor_step_bytes(t.num_elements, t.width) for t in stepped)
         + (4 * num_trained - gradients if has_master else 0),
         largest_trained_bytes=largest,
         largest_layer_bytes=max(_layer_bytes(setup, layer) for layer in model.layers),
@@ -137,9 +144,9 @@ def trained_tensors(setup: TrainSetup, model: ModelSpec) -> Iterator[TrainedTens
 
 
 def _matrix_tensors(matrix: Matrix, count: int, width: int) -> Iterator[TrainedTensor]:
-    is_joint = matrix.kind == "parameter"
-    rows = matrix.out_features * (matrix.copies if is_joint else 1)
-    yield TrainedTensor(rows, matrix.in_features, count * (1 if is_joint else matrix.copies), width)
+    # A bare parameter holds all experts, a linear module is one of them.
+    stack, number = (matrix.copies, 1) if matrix.kind == "parameter" else (1, matrix.copies)
+    yield TrainedTensor(matrix.out_features, matrix.in_features, count * number, width, stack)
     if matrix.bias:
         yield TrainedTensor(1, matrix.out_features, count * matrix.copies, width)
 
@@ -157,12 +164,10 @@ def _states(optimizer: Optimizer, trained: list[TrainedTensor]) -> tuple[int, in
     """Optimizer states on the device and in managed host memory."""
     device = host = 0
     for tensor in trained:
-        dims = (tensor.rows, tensor.columns) if tensor.rows > 1 else None
-        size = tensor.count * optimizer.state_bytes(tensor.num_elements, tensor.width, dims)
-        if optimizer.is_on_host(tensor.num_elements):
-            host += size
-        else:
-            device += size
+        size = optimizer.state_bytes(tensor.num_elements, tensor.width, tensor.factors)
+        paged = optimizer.host_state_bytes(tensor.num_elements, tensor.width)
+        device += tensor.count * (size - paged)
+        host += tensor.count * paged
     return device, host
 
 

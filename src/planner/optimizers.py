@@ -28,6 +28,8 @@ class Optimizer:
     block-wise states.
     `step_copies`: copies of all trained parameters that one step makes at its peak (foreach AdamW: the square
     root of the second moment); 0 for fused and per-tensor steps.
+    `tensor_copies`: float32 tensors of one parameter's size that a step on it makes at its peak, where the optimizer
+    takes one parameter at a time and computes in float32; a 16-bit parameter and its gradient are cast besides.
     `is_factored`: second moments of a matrix are a row and a column (Adafactor).
     `factory` is the class's dotted path, `kwargs` what it is given besides rate and decay;
     `hf_name` is Trainer's `optim`, None where Trainer has none.
@@ -40,6 +42,7 @@ class Optimizer:
     hf_name: str | None
     state_bits: int = 0
     step_copies: float = 0.0
+    tensor_copies: int = 0
     is_factored: bool = False
     is_paged: bool = False
     source: str = ""
@@ -54,15 +57,34 @@ class Optimizer:
         """
         if self.is_factored:
             return 4 * (sum(largest_dims) if largest_dims else num_elements)
-        if self.state_bits == 8 and num_elements >= BNB_MIN_8BIT_ELEMENTS:
-            blocks = -(-num_elements // BNB_BLOCK_ELEMENTS)
-            return self.num_states * (num_elements + 4 * blocks)
+        if self._has_8bit_states(num_elements):
+            return self.num_states * num_elements + self._constants_bytes(num_elements)
         bytes_each = 4 if self.state_bits else param_bytes
         return self.num_states * num_elements * bytes_each
+
+    def tensor_step_bytes(self, num_elements: int, param_bytes: int) -> int:
+        """Bytes that a step on one parameter takes for a moment, where parameters are stepped one by one."""
+        casts = 2 if self.tensor_copies and param_bytes < 4 else 0
+        return 4 * num_elements * (self.tensor_copies + casts)
 
     def is_on_host(self, num_elements: int) -> bool:
         """Whether a tensor's states live in managed memory that the allocator doesn't see."""
         return self.is_paged and num_elements >= BNB_PAGED_MIN_ELEMENTS
+
+    def host_state_bytes(self, num_elements: int, param_bytes: int) -> int:
+        """What of `state_bytes` is in managed memory: all but the constants of 8-bit states."""
+        if not self.is_on_host(num_elements):
+            return 0
+        return self.state_bytes(num_elements, param_bytes) - self._constants_bytes(num_elements)
+
+    def _has_8bit_states(self, num_elements: int) -> bool:
+        return self.state_bits == 8 and num_elements >= BNB_MIN_8BIT_ELEMENTS
+
+    def _constants_bytes(self, num_elements: int) -> int:
+        """One float32 per block and 8-bit state."""
+        if not self._has_8bit_states(num_elements):
+            return 0
+        return self.num_states * 4 * -(-num_elements // BNB_BLOCK_ELEMENTS)
 
 
 _BNB = "bitsandbytes.optim"
@@ -123,11 +145,12 @@ OPTIMIZERS: dict[str, Optimizer] = {
             summary="Adafactor: factored second moments",
             num_states=1,
             is_factored=True,
-            step_copies=1.0,
+            tensor_copies=2,
             factory="transformers.optimization.Adafactor",
             hf_name="adafactor",
             kwargs={"scale_parameter": False, "relative_step": False},
-            source="transformers.optimization.Adafactor: rows + columns in float32; works per tensor in float32",
+            source="transformers.optimization.Adafactor: rows + columns in float32; one tensor at a time in float32, "
+            "where the new update is made beside the squared gradient",
         ),
         Optimizer(
             name="sgd",
