@@ -36,8 +36,8 @@ class Recipe:
     `weight` of the 16/32-bit matrices, `norm` of norm weights (4 under kbit_upcast), `compute` of matrix
     products, `adapter` of adapters, `stream` of the embedding's output. `adapted` holds the matrices' paths
     that get an adapter of `rank`. `quantised_bits`: linears are bitsandbytes' 4-bit or 8-bit ones (0: neither).
-    `fused`: norms, rotary embeddings and gated activations in one kernel each that saves its input only (Triton,
-    or torch.compile, whose partitioner recomputes pointwise operations in the backward). `on_gpu`: flash or
+    `fused`: norms and rotary embeddings in one kernel each that saves its input only (Triton, or torch.compile,
+    whose partitioner recomputes pointwise operations in the backward); `fused_mlp`: gated activations too. `on_gpu`: flash or
     memory-efficient kernels of CUDA instead of the CPU's. `reentrant`: checkpoints recompute a layer whole and keep
     its output meanwhile, the default of transformers before 5.
     """
@@ -55,6 +55,7 @@ class Recipe:
     dropout: bool = False
     attention: str = "sdpa"
     fused: bool = False
+    fused_mlp: bool = False
     on_gpu: bool = True
     reentrant: bool = False
 
@@ -352,7 +353,7 @@ class Block:
             return self.linear(self._activation(self.linear(x, roles["up"], share), inner), down, share)
         joint = roles.get("gate_up")
         gate = self.linear(x, joint or roles["gate"], share)
-        active = gate if self.recipe.fused else self._activation(gate, inner)
+        active = gate if self.recipe.fused_mlp else self._activation(gate, inner)
         up = gate if joint else self.linear(x, roles["up"], share)
         product = self.tape.run([active, up], per_token(gate.width * inner), gate.width, saves=[active, up])
         return self.linear(product, down, share)

@@ -13,16 +13,14 @@ from planner.tape import LOGITS, ZERO, BlockMemory, Tensor, add, constant, per_t
 class LossBytes:
     """How a loss treats the logits.
 
-    With all of them at once (`chunk_tokens` 0): `upcast` casts them to float32; `shift_copy` then slices and
-    copies them (transformers before the labels were padded instead); `keeps_16bit` and `keeps_input`: the
+    With all of them at once (`chunk_tokens` 0), they are cast to float32: `shift_copy` then slices and copies them (transformers before the labels were padded instead); `keeps_16bit` and `keeps_input`: the
     model's forward still holds the 16-bit logits, or the head's input, while the loss runs;
-    `in_place_grad`: a fused kernel writes the gradient over the logits; `scaled`: logits are multiplied once.
+    `in_place_grad`: a fused cross-entropy writes the gradient over the float32 logits; `scaled`: logits are multiplied once.
     `ends_at_logits`: the forward only. Chunk by chunk: `chunk_tokens` at a time, with `softmax_width` bytes for each
     logit of a chunk while its loss is computed and `gradient_width` while its gradients are; `evaluates`: without
     gradients.
     """
 
-    upcast: bool = True
     shift_copy: bool = False
     keeps_16bit: bool = True
     keeps_input: bool = False
@@ -61,10 +59,7 @@ class _Head(Block):
             first = logits = self.tape.run([logits], narrow, recipe.compute, category=LOGITS)
         if kind.ends_at_logits:
             return
-        if kind.in_place_grad:
-            self.tape.run([logits], per_token(FULL_WIDTH), FULL_WIDTH, saves=[logits], category=LOGITS)
-            return
-        if kind.upcast and recipe.compute != FULL_WIDTH:
+        if recipe.compute != FULL_WIDTH:
             logits = self.tape.run([logits], wide, FULL_WIDTH, category=LOGITS)
         if kind.shift_copy:
             upcast = logits
@@ -74,6 +69,10 @@ class _Head(Block):
             self._hold_until_loss(first)
         if kind.keeps_input:
             self._hold_until_loss(hidden)
+        if kind.in_place_grad:
+            logits.grad_size = ZERO
+            self.tape.run([logits], per_token(FULL_WIDTH), FULL_WIDTH, saves=[logits], category=LOGITS)
+            return
         log_probs = self.tape.run([logits], wide, FULL_WIDTH, saves_output=True, category=LOGITS)
         self.tape.run([log_probs], ZERO, FULL_WIDTH, saves=[log_probs], category=LOGITS)
 

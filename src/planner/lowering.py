@@ -34,6 +34,7 @@ def block_recipe(setup: TrainSetup, model: ModelSpec, stack: Stack, on_gpu: bool
         dropout=setup.dropout > 0,
         attention=setup.attention,
         fused=setup.kernels != "plain" or setup.compile,
+        fused_mlp=setup.compile,
         on_gpu=on_gpu,
         reentrant=stack.is_before("transformers", 5),
     )
@@ -63,7 +64,6 @@ def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, e
     is_old = stack.is_before("transformers", 4, 50)
     has_own_loss = model.family in _OWN_LOSS_FAMILIES
     return LossBytes(
-        upcast=setup.kernels == "plain",
         shift_copy=is_old,
         keeps_16bit=not (is_old and has_own_loss),
         keeps_input=is_old,
