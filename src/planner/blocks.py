@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner import kernels
 from planner.specs import LayerSpec, Matrix
 from planner.tape import (
     ACTIVATIONS,
@@ -37,8 +38,9 @@ class Recipe:
     products, `adapter` of adapters, `stream` of the embedding's output. `adapted` holds the matrices' paths
     that get an adapter of `rank`. `quantised_bits`: linears are bitsandbytes' 4-bit or 8-bit ones (0: neither).
     `fused`: norms and rotary embeddings in one kernel each that saves its input only (Triton, or torch.compile,
-    whose partitioner recomputes pointwise operations in the backward); `fused_mlp`: gated activations too. `on_gpu`: flash or
-    memory-efficient kernels of CUDA instead of the CPU's. `reentrant`: checkpoints recompute a layer whole and keep
+    whose partitioner recomputes pointwise operations in the backward); `fused_mlp`: gated activations too. `on_gpu`: CUDA's
+    kernels instead of the CPU's; `has_flash`: FlashAttention runs on the card; `is_masked`: torch's attention is given a
+    mask. `reentrant`: checkpoints recompute a layer whole and keep
     its output meanwhile, the default of transformers before 5.
     """
 
@@ -57,6 +59,8 @@ class Recipe:
     fused: bool = False
     fused_mlp: bool = False
     on_gpu: bool = True
+    has_flash: bool = True
+    is_masked: bool = False
     reentrant: bool = False
 
 
@@ -262,42 +266,21 @@ class Block:
         return self.tape.run([x], size, x.width, temp=temp, grad_temp=temp)
 
     def _kernel(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
-        if self.recipe.attention == "eager":
-            return self._eager(query, key, value, layer)
         width = self.recipe.compute
-        heads = layer.num_heads
         query, key, value = (self.cast(t, width, t.size[1] / t.width) for t in (query, key, value))
-        out = per_token(width * heads * layer.value_head_dim + FULL_WIDTH * heads)
-        saves = [query, key, value]
-        return self.tape.run(
-            saves, out, width, saves=saves, saves_output=True, grad_temp=self._flash_temp(layer)
+        return self._chosen_kernel(layer)(self.tape, query, key, value, layer, width)
+
+    def _chosen_kernel(self, layer: LayerSpec) -> kernels.Kernel:
+        recipe = self.recipe
+        if recipe.attention == "eager":
+            return kernels.eager
+        if not recipe.on_gpu:
+            return kernels.on_cpu
+        if recipe.attention == "flash":
+            return kernels.flash
+        return kernels.sdpa_kernel(
+            layer, recipe.compute, is_masked=recipe.is_masked, has_flash=recipe.has_flash
         )
-
-    def _flash_temp(self, layer: LayerSpec) -> Size:
-        """FlashAttention-2's backward: a float32 query gradient, and key/value gradients for every head."""
-        if not self.recipe.on_gpu:
-            return ZERO
-        heads, width = layer.num_heads, self.recipe.compute
-        temp = FULL_WIDTH * heads * layer.head_dim + FULL_WIDTH * heads
-        if layer.num_kv_heads != heads:
-            temp += width * heads * (layer.head_dim + layer.value_head_dim)
-        return per_token(temp)
-
-    def _eager(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
-        """Scores, mask, float32 softmax, product: everything of size heads x sequence x tokens."""
-        heads, width = layer.num_heads, self.recipe.compute
-        if layer.num_kv_heads != heads:
-            repeated = per_token(width * heads * layer.head_dim)
-            key, value = self.tape.run([key], repeated, width), self.tape.run([value], repeated, width)
-        scores: Size = (0.0, 0.0, width * heads)
-        weights = self.tape.run([query, key], scores, width, saves=[query, key], temp=scores)
-        weights = self.tape.run([weights], scores, width)
-        full: Size = (0.0, 0.0, FULL_WIDTH * heads)
-        weights = self.tape.run([weights], full, FULL_WIDTH, saves_output=True)
-        if width != FULL_WIDTH:
-            weights = self.tape.run([weights], scores, width)
-        out = per_token(width * heads * layer.value_head_dim)
-        return self.tape.run([weights, value], out, width, saves=[weights, value])
 
     def feed_forward(self, x: Tensor, layer: LayerSpec, hidden_size: int) -> Tensor:
         """The MLP, or the experts and those that are shared."""

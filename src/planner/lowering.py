@@ -13,7 +13,9 @@ from planner.stack import Stack
 from planner.units import DTYPE_BYTES
 
 
-def block_recipe(setup: TrainSetup, model: ModelSpec, stack: Stack, on_gpu: bool) -> Recipe:
+def block_recipe(
+    setup: TrainSetup, model: ModelSpec, stack: Stack, *, on_gpu: bool, has_flash: bool
+) -> Recipe:
     """The widths and modules that decide what a block saves."""
     weight = unquantised_width(setup)
     compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
@@ -36,6 +38,7 @@ def block_recipe(setup: TrainSetup, model: ModelSpec, stack: Stack, on_gpu: bool
         fused=setup.kernels != "plain" or setup.compile,
         fused_mlp=setup.compile,
         on_gpu=on_gpu,
+        has_flash=has_flash,
         reentrant=stack.is_before("transformers", 5),
     )
 

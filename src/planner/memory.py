@@ -23,6 +23,8 @@ two published runs exceeds the exact sum of their tensors by 2 x 8,519,680 bytes
 CUBLAS_WORKSPACE_HOPPER_BYTES = 32 * MIB
 """The same file, for compute capability 9.x, 10.x and 12.x."""
 CUBLAS_HANDLES = 2
+FLASH_CAPABILITY = (8, 0)
+"""The least compute capability that FlashAttention 2 runs on (pytorch's sdp_utils.cpp: sm80 and up)."""
 CONTEXT_BYTES = 426 * MIB
 """CUDA context and loaded kernels: 426 MiB measured on an RTX 6000 Ada with torch 2.10+cu130 (unsloth-zoo
 pull 1053); 287 MB lazy and 667 MB eager loading in pytorch pull 86509. `finefit verify` measures it."""
@@ -60,7 +62,8 @@ class MemoryModel:
         is_hopper = capability is not None and capability[0] in (9, 10, 12)
         workspace = handles * (CUBLAS_WORKSPACE_HOPPER_BYTES if is_hopper else CUBLAS_WORKSPACE_BYTES)
         self.setup, self.model, self.on_gpu = setup, model, on_gpu
-        self.run = Run(setup, model, on_gpu=on_gpu, workspace_bytes=workspace)
+        has_flash = capability is None or capability >= FLASH_CAPABILITY
+        self.run = Run(setup, model, on_gpu=on_gpu, has_flash=has_flash, workspace_bytes=workspace)
 
     def at(self, micro_batch_size: int, seq_len: int) -> Memory:
         """Phases and terms for micro-batches of `micro_batch_size` rows of `seq_len` tokens."""

@@ -12,7 +12,7 @@ from planner.lowering import block_recipe, loss_bytes
 from planner.results import ALLOCATED_TERMS
 from planner.setup import TrainSetup
 from planner.sharding import STRATEGIES
-from planner.specs import ModelSpec
+from planner.specs import LayerSpec, ModelSpec
 from planner.stack import parse_stack
 from planner.tape import CATEGORIES, BlockMemory, evaluate
 from planner.units import DTYPE_BYTES
@@ -35,19 +35,42 @@ class Run:
     `workspace_bytes`: what libraries take through the allocator.
     """
 
-    def __init__(self, setup: TrainSetup, model: ModelSpec, *, on_gpu: bool, workspace_bytes: int) -> None:
+    def __init__(
+        self, setup: TrainSetup, model: ModelSpec, *, on_gpu: bool, has_flash: bool, workspace_bytes: int
+    ) -> None:
         """Raises SetupError for targets that match nothing, UnknownNameError for an unknown method."""
         self.setup, self.model = setup, model
         self.strategy = STRATEGIES[setup.sharding]
         self.inventory = take_inventory(setup, model)
         self._stack = parse_stack(setup.stack)
-        self.recipe = block_recipe(setup, model, self._stack, on_gpu)
-        self.blocks = [
-            _LayerKind(x.count, layer_memory(x, model.hidden_size, self.recipe)) for x in model.layers
-        ]
+        self.recipe = block_recipe(setup, model, self._stack, on_gpu=on_gpu, has_flash=has_flash)
+        self._blocks: dict[tuple[LayerSpec, bool], BlockMemory] = {}
         self._heads: dict[LossBytes, BlockMemory] = {}
         self._ranks = setup.num_gpus
         self._workspace = workspace_bytes
+
+    def blocks(self, seq_len: int) -> list[_LayerKind]:
+        """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
+        return [_LayerKind(x.count, self._block(x, self._is_masked(x, seq_len))) for x in self.model.layers]
+
+    def _block(self, layer: LayerSpec, is_masked: bool) -> BlockMemory:
+        alike = (replace(layer, count=1, window=None), is_masked)
+        if alike not in self._blocks:
+            recipe = replace(self.recipe, is_masked=is_masked) if is_masked else self.recipe
+            self._blocks[alike] = layer_memory(layer, self.model.hidden_size, recipe)
+        return self._blocks[alike]
+
+    def _is_masked(self, layer: LayerSpec, seq_len: int) -> bool:
+        if self.setup.attention != "sdpa":
+            return False
+        is_beyond = layer.window is not None and seq_len >= layer.window
+        return is_beyond or self.setup.packing or self.setup.padding_free
+
+    def mask_width(self, seq_len: int) -> int:
+        """Bytes per pair of positions of the mask that the layers share: additive for eager, else boolean."""
+        if self.setup.attention == "eager":
+            return self.recipe.compute
+        return int(any(self._is_masked(layer, seq_len) for layer in self.model.layers))
 
     def head(self, tokens: int, *, ends_at_logits: bool = False, evaluates: bool = False) -> BlockMemory:
         """Final norm, head and loss; how many tokens a chunked loss takes at once depends on the batch."""
@@ -106,6 +129,9 @@ class Step:
         self.held_grads = self.all_grads if setup.grad_accum_steps > 1 else 0.0
         self.base = run.static()
         self.base["activations"] += INPUT_BYTES_PER_TOKEN * tokens
+        self.blocks = run.blocks(seq_len)
+        mask_width = run.mask_width(seq_len) if self.is_checkpointed else 0
+        self.mask = float(mask_width * tokens * seq_len)
         self.stored = self._stored()
 
     def phases(self) -> dict[str, dict[str, float]]:
@@ -133,9 +159,9 @@ class Step:
         return total
 
     def _stored(self) -> dict[str, float]:
-        """What all layers keep between their forward and their backward."""
-        kept = {"activations": 0.0, "logits": 0.0, "workspace": 0.0, "gradients": self.held_grads}
-        for block in self.run.blocks:
+        """What all layers keep between their forward and their backward; a checkpoint keeps the mask too."""
+        kept = {"activations": self.mask, "logits": 0.0, "workspace": 0.0, "gradients": self.held_grads}
+        for block in self.blocks:
             count = block.count * self.layer_share
             if self.is_checkpointed or block.memory.saves_input:
                 kept["activations"] += count * self.stream
@@ -148,7 +174,7 @@ class Step:
 
     def _escaped(self) -> float:
         """What operations of all layers keep behind a checkpoint's back until the whole backward is done."""
-        sizes = ((b.count, size) for b in self.run.blocks for size in b.memory.kept)
+        sizes = ((b.count, size) for b in self.blocks for size in b.memory.kept)
         return self.layer_share * sum(n * evaluate(s, self.tokens, self.seq_len) for n, s in sizes)
 
     def _autocast_copies(self, *, with_head: bool = False) -> float:
@@ -173,7 +199,7 @@ class Step:
 
     def _forward(self) -> dict[str, float]:
         """The last layer at work, or the head making its logits."""
-        memory = self.run.blocks[-1].memory
+        memory = self.blocks[-1].memory
         logits = self._plus(self.stored)
         if self.run.setup.loss == "full":
             head = self.run.head(self.tokens, ends_at_logits=True)
@@ -199,7 +225,7 @@ class Step:
         copies = {"workspace": -self._freed_copies()}
         head = self._shard_grads(self.run.head(self.tokens).backward.at(self.tokens, self.seq_len))
         candidates = [self._plus(self.stored, copies, head)]
-        for block in self.run.blocks:
+        for block in self.blocks:
             peaks = block.memory.recompute if self.is_checkpointed else block.memory.backward
             peak = self._shard_grads(peaks.at(self.tokens, self.seq_len))
             candidates.append(
@@ -221,7 +247,7 @@ class Step:
     def _only_first(self, block: _LayerKind) -> dict[str, float]:
         kept = self.is_checkpointed or block.memory.saves_input
         return {
-            "activations": self._escaped() + (self.stream if kept else 0.0),
+            "activations": self.mask + self._escaped() + (self.stream if kept else 0.0),
             "workspace": self.run.communication_bytes(),
         }
 
@@ -283,6 +309,6 @@ class Step:
         held = {"activations": 2.0 * self.stream * rows / setup.micro_batch_size}
         head = run.head(tokens, evaluates=True).no_grad
         peaks = [self._plus(copies, head.at(tokens, self.seq_len))]
-        for block in run.blocks:
+        for block in self.blocks:
             peaks.append(self._plus(copies, held, block.memory.no_grad.at(tokens, self.seq_len)))
         return max(peaks, key=lambda terms: sum(terms.values()))
