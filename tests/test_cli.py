@@ -154,7 +154,7 @@ def test_a_wrong_word_is_one_line_and_exit_2(words: str, says: tuple[str, ...], 
         ("estimate --cases no-such.jsonl", "no-such.jsonl"),
         ("estimate --cases .", "can't read"),
         ("export no-such.yaml --to trl --out d", "no-such.yaml"),
-        ("compare no-such.jsonl --predicted", "no-such.jsonl"),
+        pytest.param("compare no-such.jsonl --predicted", "no-such.jsonl", marks=pytest.mark.train),
         ("estimate smollm2-135m --gpu tpu-v5e", "not modelled"),
     ],
 )

@@ -16,8 +16,13 @@ from planner.units import format_bytes
 
 NOT_MODELLED = (
     "the allocator's exact fragmentation (a share is assumed)",
-    "dropout masks",
+    "dropout inside the model itself",
 )
+NOT_MODELLED_VALUES = (
+    ("objective", "dpo", "DPO's second sequence and reference model: counted as sft"),
+    ("checkpointing", "selective", "selective checkpointing: counted as none"),
+)
+"""Field, value, and what is left out where a setup has it."""
 NOT_MODELLED_SHARDED = "prefetch order and communication buffers of the sharding beyond whole layers"
 
 
@@ -74,7 +79,10 @@ class Estimator:
         return [precision_recipe(self.setup), f"stack: {self.setup.stack or NEWEST_KNOWN}", usable]
 
     def _not_modelled(self) -> list[str]:
-        return [*NOT_MODELLED, *([NOT_MODELLED_SHARDED] if self.setup.num_gpus > 1 else [])]
+        """What the numbers leave out for this setup."""
+        setup = self.setup
+        found = [what for field, value, what in NOT_MODELLED_VALUES if getattr(setup, field) == value]
+        return [*NOT_MODELLED, *found, *([NOT_MODELLED_SHARDED] if setup.num_gpus > 1 else [])]
 
 
 def resolve(setup: TrainSetup, *, offline: bool = True) -> ModelSpec:
