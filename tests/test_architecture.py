@@ -27,7 +27,17 @@ THIRD_PARTY_OF_PLANNER = {"click", "tabulate", "yaml"}
 
 LAYERS = (
     ("errors", "units", "specs", "tape", "stack", "sharding", "render", "dataset_formats"),
-    ("files", "setup", "hub", "gpu_names", "dimensions", "dataset_files", "optimizers", "kernels"),
+    (
+        "files",
+        "setup",
+        "hub",
+        "gpu_names",
+        "dimensions",
+        "dataset_files",
+        "optimizers",
+        "kernels",
+        "pointwise",
+    ),
     ("index", "fields", "results", "methods", "dataset", "blocks"),
     ("families", "catalog", "card_prices", "planfile", "recipes", "checks", "cases", "heads"),
     ("hf_config", "layers"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner import kernels
+from planner.pointwise import Norm, activation, cast
 from planner.specs import LayerSpec, Matrix
 from planner.tape import (
     ACTIVATIONS,
@@ -26,8 +27,6 @@ from planner.tape import (
     per_token,
     scale,
 )
-
-FULL_WIDTH = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,10 +67,7 @@ def layer_memory(layer: LayerSpec, hidden_size: int, recipe: Recipe) -> BlockMem
     """One decoder or encoder layer: what it saves, and its peaks."""
     block = Block(recipe)
     stream = block.tape.input(per_token(recipe.stream * hidden_size), recipe.stream)
-    hidden = block.attention(block.norm(stream, hidden_size, layer.norm), layer)
-    stream = block.residual(stream, hidden, hidden_size)
-    hidden = block.feed_forward(block.norm(stream, hidden_size, layer.norm), layer, hidden_size)
-    block.residual(stream, hidden, hidden_size)
+    block.layer(stream, layer, hidden_size)
     return block.tape.play(is_reentrant=recipe.reentrant)
 
 
@@ -82,51 +78,49 @@ class Block:
         self.recipe = recipe
         self.tape = Tape()
 
-    def norm(self, x: Tensor, width: int, kind: str) -> Tensor:
-        """RMSNorm as transformers writes it (float32 inside), or torch's LayerNorm."""
-        if self.recipe.fused:
-            return self._fused_norm(x, width)
-        if kind == "layernorm":
-            return self._layer_norm(x, width)
-        return self._rms_norm(x, width)
+    def norm(self, x: Tensor, num_elements: int, kind: str, groups: int = 1) -> Tensor:
+        """A norm of `planner.pointwise` over `groups` groups (heads) that have `num_elements` elements together."""
+        recipe = self.recipe
+        norm = Norm(
+            kind=kind,
+            num_elements=num_elements,
+            groups=groups,
+            weight_width=recipe.norm,
+            is_trained=recipe.trains_base,
+            autocast=recipe.autocast,
+            is_fused=recipe.fused,
+        )
+        return norm(self.tape, x)
+
+    def layer(self, stream: Tensor, layer: LayerSpec, hidden_size: int) -> Tensor:
+        """Attention and feed-forward part, each added to the residual stream, wired as the layer says."""
+        if layer.wiring == "parallel":
+            return self._parallel(stream, layer, hidden_size)
+        for part in (self.attention, self.feed_forward):
+            hidden = stream
+            if layer.wiring != "reordered":
+                hidden = self.norm(hidden, hidden_size, layer.norm)
+            hidden = part(hidden, layer, hidden_size)
+            if layer.wiring != "pre":
+                hidden = self.norm(hidden, hidden_size, layer.norm)
+            stream = self.residual(stream, hidden, hidden_size)
+        return stream
+
+    def _parallel(self, stream: Tensor, layer: LayerSpec, hidden_size: int) -> Tensor:
+        """Attention and feed-forward part of the same stream, behind one norm or one each."""
+        first = self.norm(stream, hidden_size, layer.norm)
+        context = self.attention(first, layer, hidden_size)
+        second = first if layer.num_norms == 1 else self.norm(stream, hidden_size, layer.norm)
+        hidden = self.feed_forward(second, layer, hidden_size)
+        self.tape.hold(first, context)
+        return self.residual(stream, self.residual(context, hidden, hidden_size), hidden_size)
 
     def _weight_grad(self, num_elements: int, width: int) -> Size:
         return constant(num_elements * width) if self.recipe.trains_base else ZERO
 
-    def _rms_norm(self, x: Tensor, width: int) -> Tensor:
-        full = self.cast(x, FULL_WIDTH, width)
-        wide = per_token(FULL_WIDTH * width)
-        scale = self.tape.run(
-            [full], per_token(FULL_WIDTH), FULL_WIDTH, saves=[full], temp=wide, grad_temp=wide
-        )
-        normed = self.tape.run([full, scale], wide, FULL_WIDTH, saves=[full, scale])
-        normed = self.cast(normed, x.width, width)
-        out = max(x.width, self.recipe.norm)
-        saves = [normed] if self.recipe.trains_base else []
-        grad = self._weight_grad(width, self.recipe.norm)
-        return self.tape.run(
-            [normed], per_token(out * width), out, saves=saves, saves_weight=True, weight_grad=grad
-        )
-
-    def _fused_norm(self, x: Tensor, width: int) -> Tensor:
-        grad = self._weight_grad(width, self.recipe.norm)
-        return self.tape.run(
-            [x], per_token(x.width * width + FULL_WIDTH), x.width, saves=[x], weight_grad=grad
-        )
-
-    def _layer_norm(self, x: Tensor, width: int) -> Tensor:
-        if self.recipe.autocast:
-            x = self.cast(x, FULL_WIDTH, width)
-        grad = self._weight_grad(2 * width, self.recipe.norm)
-        out = per_token(x.width * width + 2 * FULL_WIDTH)
-        return self.tape.run([x], out, x.width, saves=[x], weight_grad=grad)
-
-    def cast(self, x: Tensor, width: int, num_elements: float, category: int | None = None) -> Tensor:
+    def cast(self, x: Tensor, width: int, num_elements: float) -> Tensor:
         """x.to(dtype): nothing where it has that width already."""
-        if x.width == width:
-            return x
-        kind = x.category if category is None else category
-        return self.tape.run([x], per_token(width * num_elements), width, category=kind)
+        return cast(self.tape, x, width, num_elements)
 
     def residual(self, stream: Tensor, update: Tensor, hidden_size: int) -> Tensor:
         """stream + update, in the wider of both dtypes."""
@@ -228,7 +222,7 @@ class Block:
         mask = self.tape.run([], per_token(num_elements), 1)
         return self.tape.run([x, mask], per_token(x.width * num_elements), x.width, saves=[mask])
 
-    def attention(self, x: Tensor, layer: LayerSpec) -> Tensor:
+    def attention(self, x: Tensor, layer: LayerSpec, hidden_size: int) -> Tensor:
         """Projections, rotary embedding, attention kernel, output projection."""
         roles = {m.role: m for m in layer.matrices}
         query, key, value = self._projections(x, roles, layer)
@@ -248,7 +242,9 @@ class Block:
             query, key, value = (self._projection(x, roles, part) for part in ("q", "k", "v"))
         width_q, width_k = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
         if layer.qk_norm != "none":
-            query, key = self._rms_norm(query, width_q), self._rms_norm(key, width_k)
+            heads = (layer.num_heads, layer.num_kv_heads) if layer.qk_norm == "head" else (1, 1)
+            query = self.norm(query, width_q, layer.norm, heads[0])
+            key = self.norm(key, width_k, layer.norm, heads[1])
         return self._rotary(query, width_q), self._rotary(key, width_k), value
 
     def _projection(self, x: Tensor, roles: dict[str, Matrix], part: str) -> Tensor:
@@ -258,7 +254,7 @@ class Block:
         narrow, wide = roles.get(f"{part}_a", roles.get("kv_a")), roles.get(f"{part}_b", roles.get("kv_b"))
         if narrow is None or wide is None:
             return x
-        return self.linear(self._rms_norm(self.linear(x, narrow), narrow.out_features), wide)
+        return self.linear(self.norm(self.linear(x, narrow), narrow.out_features, "rmsnorm"), wide)
 
     def _rotary(self, x: Tensor, width: int) -> Tensor:
         size = per_token(x.width * width)
@@ -288,12 +284,12 @@ class Block:
         routed = {m.role: m for m in layer.matrices if m.token_share < 1.0}
         parts = []
         if "down" in dense:
-            parts.append(self._mlp(x, dense, 1.0))
+            parts.append(self._mlp(x, dense, layer, 1.0))
         if "shared_down" in dense:
             names = {
                 role.removeprefix("shared_"): m for role, m in dense.items() if role.startswith("shared_")
             }
-            parts.append(self._mlp(x, names, 1.0))
+            parts.append(self._mlp(x, names, layer, 1.0))
         if "down" in routed:
             parts.append(self._experts(x, routed, layer, hidden_size))
         if not parts:
@@ -311,38 +307,41 @@ class Block:
         """
         chosen = float(layer.experts_per_token)
         if routed["down"].kind == "parameter":
-            out = self._expert(x, routed, chosen, hidden_size)
+            out = self._expert(x, routed, layer, chosen, hidden_size)
             return self.tape.run([out], per_token(x.width * hidden_size), x.width)
         share = chosen / layer.num_experts
         waiting = Block(self.recipe)
-        waiting._expert(waiting.tape.input(x.size, x.width), routed, share, hidden_size)
+        waiting._expert(waiting.tape.input(x.size, x.width), routed, layer, share, hidden_size)
         saved = scale(_total(waiting.tape.play().saved), layer.num_experts - 1)
         stash = self.tape.run([x], saved, x.width, saves_output=True)
         stash.needs_grad = False
-        out = self._expert(x, routed, share, hidden_size)
+        out = self._expert(x, routed, layer, share, hidden_size)
         return self.tape.run([out, stash], per_token(x.width * hidden_size), x.width)
 
-    def _expert(self, x: Tensor, routed: dict[str, Matrix], share: float, hidden_size: int) -> Tensor:
+    def _expert(
+        self, x: Tensor, routed: dict[str, Matrix], layer: LayerSpec, share: float, hidden_size: int
+    ) -> Tensor:
         """Tokens gathered for their experts, transformed, weighted by the router."""
         gathered = self.tape.run([x], per_token(x.width * hidden_size * share), x.width)
-        out = self._mlp(gathered, routed, share)
+        out = self._mlp(gathered, routed, layer, share)
         size = per_token(out.width * hidden_size * share)
         return self.tape.run([out], size, out.width, saves=[out])
 
-    def _mlp(self, x: Tensor, roles: dict[str, Matrix], share: float) -> Tensor:
+    def _mlp(self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec, share: float) -> Tensor:
         down = roles["down"]
         inner = down.in_features * share
         if "gate" not in roles and "gate_up" not in roles:
-            return self.linear(self._activation(self.linear(x, roles["up"], share), inner), down, share)
+            hidden = self.linear(x, roles["up"], share)
+            return self.linear(self._activation(hidden, inner, layer), down, share)
         joint = roles.get("gate_up")
         gate = self.linear(x, joint or roles["gate"], share)
-        active = gate if self.recipe.fused_mlp else self._activation(gate, inner)
+        active = gate if self.recipe.fused_mlp else self._activation(gate, inner, layer)
         up = gate if joint else self.linear(x, roles["up"], share)
         product = self.tape.run([active, up], per_token(gate.width * inner), gate.width, saves=[active, up])
         return self.linear(product, down, share)
 
-    def _activation(self, x: Tensor, num_elements: float) -> Tensor:
-        return self.tape.run([x], per_token(x.width * num_elements), x.width, saves=[x])
+    def _activation(self, x: Tensor, num_elements: float, layer: LayerSpec) -> Tensor:
+        return activation(self.tape, x, num_elements, layer.activation, autocast=self.recipe.autocast)
 
 
 def _total(snapshot: Snapshot) -> Size:

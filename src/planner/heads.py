@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.blocks import FULL_WIDTH, Block, Recipe
+from planner.blocks import Block, Recipe
 from planner.specs import Matrix, ModelSpec
-from planner.tape import LOGITS, ZERO, BlockMemory, Tensor, add, constant, per_token, scale
+from planner.tape import FULL_WIDTH, LOGITS, ZERO, BlockMemory, Tensor, add, constant, per_token, scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planner.specs import LayerSpec
-from planner.tape import ZERO, Size, Tape, Tensor, per_token
+from planner.tape import FULL_WIDTH, ZERO, Size, Tape, Tensor, per_token
 
-FULL_WIDTH = 4
 MAX_FLASH_HEAD_DIM = 256
 
 Kernel = Callable[[Tape, Tensor, Tensor, Tensor, LayerSpec, int], Tensor]

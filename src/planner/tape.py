@@ -25,6 +25,9 @@ from dataclasses import dataclass, field
 Size = tuple[float, float, float]
 ZERO: Size = (0.0, 0.0, 0.0)
 
+FULL_WIDTH = 4
+"""Bytes per element of float32."""
+
 ACTIVATIONS, LOGITS, WORKSPACE, GRADIENTS = range(4)
 CATEGORIES = ("activations", "logits", "workspace", "gradients")
 

@@ -1,0 +1,144 @@
+"""Norms and activations as the operations that torch runs for them (see planner.tape), by the names in LayerSpec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from planner.tape import FULL_WIDTH, ZERO, Size, Tape, Tensor, constant, per_token
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Norm:
+    """A norm over `groups` groups that have `num_elements` elements together, per token.
+
+    `weight_width`: bytes per element of its weight, which trains where `is_trained`; `autocast` makes torch's own
+    LayerNorm run in float32; `is_fused`: one kernel that saves its input only.
+    """
+
+    kind: str
+    num_elements: int
+    groups: int = 1
+    weight_width: int
+    is_trained: bool
+    autocast: bool
+    is_fused: bool
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        """The normalised x, in x's width unless the weight is wider."""
+        return _fused(self, tape, x) if self.is_fused else _NORMS[self.kind](self, tape, x)
+
+    def size(self, width: int) -> Size:
+        """One tensor like x with `width` bytes per element."""
+        return per_token(width * self.num_elements)
+
+    def statistic(self) -> Size:
+        """One float32 per token and group."""
+        return per_token(FULL_WIDTH * self.groups)
+
+    def weight_grad(self, num_vectors: int = 1) -> Size:
+        """The gradient of weight and bias."""
+        elements = num_vectors * self.num_elements // self.groups
+        return constant(elements * self.weight_width) if self.is_trained else ZERO
+
+
+def cast(tape: Tape, x: Tensor, width: int, num_elements: float) -> Tensor:
+    """x.to(dtype): nothing where it has that width already."""
+    if x.width == width:
+        return x
+    return tape.run([x], per_token(width * num_elements), width, category=x.category)
+
+
+def _rms_norm(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
+    """Llama's RMSNorm: float32 inside, narrowed before the weight."""
+    normed = cast(tape, _rms_normed(norm, tape, x), x.width, norm.num_elements)
+    width = max(x.width, norm.weight_width)
+    return _weighted(norm, tape, normed, width)
+
+
+def _wide_rms_norm(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
+    """Gemma's and OLMo 2's: narrowed after the weight."""
+    out = _weighted(norm, tape, _rms_normed(norm, tape, x), FULL_WIDTH)
+    return cast(tape, out, x.width, norm.num_elements)
+
+
+def _rms_normed(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
+    full, wide = cast(tape, x, FULL_WIDTH, norm.num_elements), norm.size(FULL_WIDTH)
+    scale = tape.run([full], norm.statistic(), FULL_WIDTH, saves=[full], temp=wide, grad_temp=wide)
+    return tape.run([full, scale], wide, FULL_WIDTH, saves=[full, scale])
+
+
+def _weighted(norm: Norm, tape: Tape, normed: Tensor, width: int) -> Tensor:
+    saves = [normed] if norm.is_trained else []
+    grad = norm.weight_grad()
+    return tape.run([normed], norm.size(width), width, saves=saves, saves_weight=True, weight_grad=grad)
+
+
+def _layer_norm(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
+    """torch's LayerNorm saves its input, a mean and a deviation."""
+    if norm.autocast:
+        x = cast(tape, x, FULL_WIDTH, norm.num_elements)
+    size = per_token(x.width * norm.num_elements + 2 * FULL_WIDTH * norm.groups)
+    return tape.run([x], size, x.width, saves=[x], weight_grad=norm.weight_grad(2))
+
+
+def _plain_layer_norm(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
+    """OLMo's: torch's LayerNorm without a weight, on a float32 copy."""
+    full = cast(tape, x, FULL_WIDTH, norm.num_elements)
+    out = tape.run([full], norm.size(FULL_WIDTH), FULL_WIDTH, saves=[full])
+    return cast(tape, out, x.width, norm.num_elements)
+
+
+def _wide_layer_norm(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
+    """Cohere's: mean and variance by hand in float32, the difference from the mean twice; narrowed at the end."""
+    full, wide = cast(tape, x, FULL_WIDTH, norm.num_elements), norm.size(FULL_WIDTH)
+    squared = tape.run([full], wide, FULL_WIDTH)
+    scale = tape.run([squared], norm.statistic(), FULL_WIDTH, saves=[squared], temp=wide, grad_temp=wide)
+    centred = tape.run([full], wide, FULL_WIDTH)
+    normed = tape.run([centred, scale], wide, FULL_WIDTH, saves=[centred, scale])
+    return cast(tape, _weighted(norm, tape, normed, FULL_WIDTH), x.width, norm.num_elements)
+
+
+def _fused(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
+    size = per_token(x.width * norm.num_elements + FULL_WIDTH * norm.groups)
+    return tape.run([x], size, x.width, saves=[x], weight_grad=norm.weight_grad())
+
+
+_NORMS: dict[str, Callable[[Norm, Tape, Tensor], Tensor]] = {
+    "rmsnorm": _rms_norm,
+    "rmsnorm-wide": _wide_rms_norm,
+    "layernorm": _layer_norm,
+    "layernorm-plain": _plain_layer_norm,
+    "layernorm-wide": _wide_layer_norm,
+}
+
+
+def activation(tape: Tape, x: Tensor, num_elements: float, name: str, *, autocast: bool) -> Tensor:
+    """An activation function by its name in transformers' ACT2FN; one kernel that saves its input unless listed."""
+    size = per_token(x.width * num_elements)
+    if name in _SAVE_OUTPUT:
+        return tape.run([x], size, x.width, saves_output=True)
+    if name in _COMPOSED_GELU:
+        return _composed_gelu(tape, x, num_elements, FULL_WIDTH if autocast else x.width)
+    return tape.run([x], size, x.width, saves=[x])
+
+
+_SAVE_OUTPUT = ("relu", "tanh", "sigmoid")
+_COMPOSED_GELU = ("gelu_new", "gelu_fast")
+
+
+def _composed_gelu(tape: Tape, x: Tensor, num_elements: float, width: int) -> Tensor:
+    """transformers' NewGELUActivation: 0.5 x (1 + tanh(c (x + 0.044715 x^3))), a tensor for each step.
+
+    Under autocast the power is computed in float32, and all that follows it.
+    """
+    size = per_token(width * num_elements)
+    base = cast(tape, x, width, num_elements)
+    cube = tape.run([base], size, width, saves=[base])
+    scaled = tape.run([cube], size, width)
+    inner = tape.run([x, scaled], size, width, shares_grad=True)
+    inner = tape.run([inner], size, width)
+    tanh = tape.run([inner], size, width, saves_output=True)
+    half = tape.run([x], per_token(x.width * num_elements), x.width)
+    plus = tape.run([tanh], size, width, shares_grad=True)
+    return tape.run([half, plus], size, width, saves=[half, plus])
