@@ -180,12 +180,23 @@ def _summarise(run: Run, plan: PlanFile, artifact: Path) -> RunSummary:
         sample_before=state.samples.get("before", []),
         sample_after=state.samples.get("after", []),
         predicted=dict(plan.predicted),
-        measured={**_pace(steps), **memory_peaks(run.device)},
+        measured={**_pace(steps), **_memory(run.device, steps)},
         data={"sha256": run.data.sha256, **run.data.facts},
         versions=stack_versions(),
         resumed_from=run.resumed_from,
         notes=run.folder.notes,
     )
+
+
+def _memory(device: torch.device, steps: list[dict[str, Any]]) -> dict[str, int | None]:
+    """Peaks in bytes; on the CPU the device's is the highest resident set that a step left behind.
+
+    The process' own peak also holds loading, evaluation, answers and the check of the saved adapter.
+    """
+    peaks = memory_peaks(device)
+    if device.type == "cpu" and steps:
+        peaks["device_used_bytes"] = max(entry["rss_bytes"] for entry in steps)
+    return peaks
 
 
 def _pace(steps: list[dict[str, Any]]) -> dict[str, float | None]:
