@@ -8,7 +8,8 @@ evenly loaded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from planner import kernels
 from planner.pointwise import Norm, activation, cast
@@ -34,8 +35,8 @@ class Recipe:
     """What of a TrainSetup decides which tensors a block makes; widths in bytes per element.
 
     `weight` of the 16/32-bit matrices, `norm` of norm weights (4 under kbit_upcast), `compute` of matrix
-    products, `adapter` of adapters, `stream` of the embedding's output. `adapted` holds the matrices' paths
-    that get an adapter of `rank`. `quantised_bits`: linears are bitsandbytes' 4-bit or 8-bit ones (0: neither).
+    products, `adapter` of adapters, `stream` of the embedding's output. `adapted` maps the matrices' paths
+    that get an adapter to its rank. `quantised_bits`: linears are bitsandbytes' 4-bit or 8-bit ones (0: neither).
     `fused`: norms and rotary embeddings in one kernel each that saves its input only (Triton, or torch.compile,
     whose partitioner recomputes pointwise operations in the backward); `fused_mlp`: gated activations too. `on_gpu`: CUDA's
     kernels instead of the CPU's; `has_flash`: FlashAttention runs on the card; `is_masked`: torch's attention is given a
@@ -48,8 +49,7 @@ class Recipe:
     compute: int
     stream: int
     adapter: int = 0
-    rank: int = 0
-    adapted: frozenset[str] = frozenset()
+    adapted: Mapping[str, int] = field(default_factory=dict)
     trains_base: bool = False
     autocast: bool = False
     quantised_bits: int = 0
@@ -77,6 +77,7 @@ class Block:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.tape = Tape()
+        self._folded: list[Tensor] = []
 
     def norm(self, x: Tensor, num_elements: int, kind: str, groups: int = 1) -> Tensor:
         """A norm of `planner.pointwise` over `groups` groups (heads) that have `num_elements` elements together."""
@@ -133,6 +134,8 @@ class Block:
         `tokens_per_token` is above 1 for routed tokens. Under autocast the 16-bit copy of a float32 weight is
         saved for the backward of its product.
         """
+        if matrix.kind == "parameter" and matrix.path in self.recipe.adapted:
+            return self._folded_linear(x, matrix, tokens_per_token)
         can_be_packed = matrix.kind in ("linear", "conv1d") and matrix.role != "router"
         bits = self.recipe.quantised_bits if can_be_packed else 0
         base = {0: self._plain_linear, 4: self._linear_4bit, 8: self._linear_8bit}[bits]
@@ -161,6 +164,26 @@ class Block:
         return self.tape.run(
             inputs, out, recipe.compute, saves=saved, saves_weight=True, weight_grad=grad, category=category
         )
+
+    def _folded_linear(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
+        """A parameter of all experts with peft's ParamWrapper: the product takes W + scale B A, made each time.
+
+        The sum is as large as the experts, is saved for the backward, and gets a gradient of that size.
+        """
+        recipe = self.recipe
+        num_factors = recipe.adapted[matrix.path] * (matrix.in_features + matrix.out_features) * matrix.copies
+        factors = self.tape.run(
+            [],
+            constant(num_factors * recipe.weight),
+            recipe.weight,
+            weight_grad=constant(num_factors * recipe.adapter),
+        )
+        whole = constant(matrix.num_weights * recipe.weight)
+        weight = self.tape.run([factors], whole, recipe.weight, saves=[factors])
+        self._folded += [factors, weight]
+        x = self.cast(x, recipe.compute, matrix.in_features * share)
+        out = per_token(recipe.compute * matrix.out_features * share)
+        return self.tape.run([x, weight], out, recipe.compute, saves=[x, weight])
 
     def _linear_4bit(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
         """bitsandbytes' MatMul4Bit: saves the packed weight only, dequantises in forward and backward."""
@@ -198,10 +221,11 @@ class Block:
         held = x
         inner = recipe.compute if recipe.autocast else recipe.adapter
         x = self._dropped(self.cast(x, inner, matrix.in_features * share), matrix.in_features * share)
-        weights_a = recipe.rank * matrix.in_features * matrix.copies * recipe.adapter
-        weights_b = recipe.rank * matrix.out_features * matrix.copies * recipe.adapter
+        rank = recipe.adapted[matrix.path]
+        weights_a = rank * matrix.in_features * matrix.copies * recipe.adapter
+        weights_b = rank * matrix.out_features * matrix.copies * recipe.adapter
         low = self.tape.run(
-            [x], per_token(inner * recipe.rank * share), inner, saves=[x], weight_grad=constant(weights_a)
+            [x], per_token(inner * rank * share), inner, saves=[x], weight_grad=constant(weights_a)
         )
         wide = per_token(inner * matrix.out_features * share)
         high = self.tape.run([low], wide, inner, saves=[low], weight_grad=constant(weights_b))
@@ -282,14 +306,12 @@ class Block:
         """The MLP, or the experts and those that are shared."""
         dense = {m.role: m for m in layer.matrices if m.token_share == 1.0}
         routed = {m.role: m for m in layer.matrices if m.token_share < 1.0}
+        shared = {role.removeprefix("shared_"): m for role, m in dense.items() if role.startswith("shared_")}
         parts = []
         if "down" in dense:
             parts.append(self._mlp(x, dense, layer, 1.0))
-        if "shared_down" in dense:
-            names = {
-                role.removeprefix("shared_"): m for role, m in dense.items() if role.startswith("shared_")
-            }
-            parts.append(self._mlp(x, names, layer, 1.0))
+        if "down" in shared:
+            parts.append(self._shared_expert(x, shared, layer))
         if "down" in routed:
             parts.append(self._experts(x, routed, layer, hidden_size))
         if not parts:
@@ -300,32 +322,44 @@ class Block:
             total = self.residual(total, part, hidden_size)
         return total
 
+    def _shared_expert(self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec) -> Tensor:
+        """An expert that sees every token, weighted by a router of its own where it has one."""
+        out = self._mlp(x, roles, layer, 1.0)
+        if "router" not in roles:
+            return out
+        gate = self.linear(x, roles["router"])
+        return self.tape.run([out, gate], out.size, out.width, saves=[out, gate])
+
     def _experts(self, x: Tensor, routed: dict[str, Matrix], layer: LayerSpec, hidden_size: int) -> Tensor:
         """All experts at once (grouped products), or one after the other where they are separate linears.
 
         One after the other, what the first ones save waits while the last one is at work.
         """
         chosen = float(layer.experts_per_token)
+        scores = [self.linear(x, m) for m in layer.matrices if m.role == "router"]
         if routed["down"].kind == "parameter":
-            out = self._expert(x, routed, layer, chosen, hidden_size)
-            return self.tape.run([out], per_token(x.width * hidden_size), x.width)
+            weighted = self._expert(x, scores, routed, layer, chosen)
+            # Back in the tokens' order; the backward scatters into zeros.
+            ordered = self.tape.run([weighted], weighted.size, weighted.width, grad_temp=weighted.size)
+            # peft keeps what it folded until the experts are done.
+            self.tape.hold(*self._folded)
+            return self.tape.run([ordered], per_token(x.width * hidden_size), x.width)
         share = chosen / layer.num_experts
         waiting = Block(self.recipe)
-        waiting._expert(waiting.tape.input(x.size, x.width), routed, layer, share, hidden_size)
+        waiting._expert(waiting.tape.input(x.size, x.width), [], routed, layer, share)
         saved = scale(_total(waiting.tape.play().saved), layer.num_experts - 1)
         stash = self.tape.run([x], saved, x.width, saves_output=True)
         stash.needs_grad = False
-        out = self._expert(x, routed, layer, share, hidden_size)
+        out = self._expert(x, scores, routed, layer, share)
         return self.tape.run([out, stash], per_token(x.width * hidden_size), x.width)
 
     def _expert(
-        self, x: Tensor, routed: dict[str, Matrix], layer: LayerSpec, share: float, hidden_size: int
+        self, x: Tensor, scores: list[Tensor], routed: dict[str, Matrix], layer: LayerSpec, share: float
     ) -> Tensor:
-        """Tokens gathered for their experts, transformed, weighted by the router."""
-        gathered = self.tape.run([x], per_token(x.width * hidden_size * share), x.width)
+        """Tokens gathered for their experts, transformed, weighted by the router's scores."""
+        gathered = self.tape.run([x], scale(x.size, share), x.width)
         out = self._mlp(gathered, routed, layer, share)
-        size = per_token(out.width * hidden_size * share)
-        return self.tape.run([out], size, out.width, saves=[out])
+        return self.tape.run([out, *scores], out.size, out.width, saves=[out])
 
     def _mlp(self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec, share: float) -> Tensor:
         down = roles["down"]

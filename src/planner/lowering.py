@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.blocks import Recipe
 from planner.heads import LossBytes
 from planner.inventory import unquantised_width
-from planner.layers import target_matrices
+from planner.layers import adapter_rank, target_matrices
 from planner.methods import find_method
 from planner.setup import TrainSetup
 from planner.specs import ModelSpec
@@ -19,16 +19,16 @@ def block_recipe(
     """The widths and modules that decide what a block saves."""
     weight = unquantised_width(setup)
     compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
-    adapted: frozenset[str] = frozenset()
+    adapted: dict[str, int] = {}
     if setup.uses_adapters:
-        adapted = frozenset(matrix.path for _, matrix in target_matrices(model, setup.targets))
+        targets = target_matrices(model, setup.targets)
+        adapted = {matrix.path: adapter_rank(matrix, setup.rank) for _, matrix in targets}
     return Recipe(
         weight=weight,
         norm=weight,
         compute=compute,
         stream=weight,
         adapter=DTYPE_BYTES[setup.adapter_dtype],
-        rank=setup.rank,
         adapted=adapted,
         trains_base=find_method(setup.method).trains_base,
         autocast=setup.autocast is not None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from planner.blocks import layer_memory
 from planner.heads import LossBytes, head_memory
 from planner.inventory import take_inventory
+from planner.layers import target_matrices
 from planner.lowering import block_recipe, loss_bytes
 from planner.results import ALLOCATED_TERMS
 from planner.setup import TrainSetup
@@ -65,6 +66,14 @@ class Run:
             return False
         is_beyond = layer.window is not None and seq_len >= layer.window
         return is_beyond or self.setup.packing or self.setup.padding_free
+
+    def num_cast_params(self) -> int:
+        """Adapters' elements that autocast casts: all but those that peft folds into experts without it."""
+        cast = (t for t in target_matrices(self.model, self.setup.targets) if t[1].kind != "parameter")
+        return sum(
+            layer.count * matrix.copies * self.setup.rank * (matrix.in_features + matrix.out_features)
+            for layer, matrix in cast
+        )
 
     def mask_width(self, seq_len: int) -> int:
         """Bytes per pair of positions of the mask that the layers share: additive for eager, else boolean."""
@@ -184,7 +193,7 @@ class Step:
         if setup.autocast is None or width != 4:
             return 0.0
         if setup.uses_adapters:
-            return 2.0 * run.inventory.trained_params
+            return 2.0 * run.num_cast_params()
         head = run.model.head.num_weights if with_head and run.model.head else 0
         return 2.0 * (head + sum(x.count * m.num_weights for x in run.model.layers for m in x.matrices))
 
