@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from planner.errors import FinefitError, SetupError, UsageError
@@ -39,6 +39,7 @@ def setups(draw: st.DrawFn) -> TrainSetup:
 
 
 @given(setups(), words)
+@example(TrainSetup(model="m", optimizer="\x85"), "\u2028 a")
 @settings(max_examples=60, deadline=None)
 def test_a_setup_survives_the_way_to_disk_and_back(setup: TrainSetup, gpu: str) -> None:
     plan = parse_plan(format_plan(setup, gpu, {"step_s": 1.5}), "plan.yaml")

@@ -177,6 +177,12 @@ def _dump(values: Mapping[str, Any]) -> str:
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
+    def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        # PyYAML writes line separators such as U+0085 as they are and reads them back as a blank.
+        style = None if text.isprintable() else '"'
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    PlainDumper.add_representer(str, represent_text)
     return yaml.dump(
         values, Dumper=PlainDumper, sort_keys=False, allow_unicode=True, width=2**20, default_flow_style=False
     )
