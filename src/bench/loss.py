@@ -96,17 +96,15 @@ def check_head(model: nn.Module) -> None:
     model.eval()
     with torch.no_grad():
         hidden = inner.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        own = _logits(hidden[0].to(head.weight.dtype), head.weight, head.bias, softcap)
+        own = _head_logits(hidden[0].to(head.weight.dtype), head, softcap)
         theirs = inner(input_ids=tokens, use_cache=False).logits[0]
     model.train(was_training)
     if not torch.allclose(own, theirs.float(), rtol=1e-2, atol=1e-2):
         raise SetupError("loss", "chunked and fused: this model changes its logits after the head; use full")
 
 
-def _logits(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
-) -> torch.Tensor:
-    logits = functional.linear(rows, weight, bias).float()
+def _head_logits(rows: torch.Tensor, head: nn.Linear, softcap: float | None) -> torch.Tensor:
+    logits: torch.Tensor = head(rows).float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -129,19 +127,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         with_grad: bool,
     ) -> torch.Tensor:
         """`rows` [T, H], `weight` [V, H], `labels` [T]: the sum of the tokens' losses over `num_trained`."""
-        needs = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
         grads = [
-            torch.zeros_like(t) if needed and t is not None else None
-            for t, needed in zip((rows, weight, bias), needs, strict=True)
+            torch.zeros_like(t) if with_grad and needed and t is not None else None
+            for t, needed in zip((rows, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
-        loss = rows.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(rows), LOSS_CHUNK_TOKENS):
-            span = slice(start, start + LOSS_CHUNK_TOKENS)
-            log_probs, slope = _log_probs(rows[span], weight, bias, softcap, any(needs))
-            loss += functional.nll_loss(log_probs, labels[span], ignore_index=IGNORE_INDEX, reduction="sum")
-            if any(needs):
-                grad_logits = _logit_gradient(log_probs, labels[span], num_trained, slope).to(rows.dtype)
-                _add_gradients(grads, grad_logits, rows[span], weight, span)
+        has_grads = any(grad is not None for grad in grads)
+        dtype = _compute_dtype(rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            chunk = _Chunk(min(LOSS_CHUNK_TOKENS, len(rows)), weight, bias, dtype, softcap)
+            loss = rows.new_zeros((), dtype=torch.float32)
+            for start in range(0, len(rows), LOSS_CHUNK_TOKENS):
+                span = slice(start, start + LOSS_CHUNK_TOKENS)
+                part, targets = rows[span].to(dtype), labels[span]
+                loss += chunk.loss(part, targets, has_grads)
+                if has_grads:
+                    grad_logits = chunk.gradient(targets, num_trained)
+                    _add_gradients(grads, grad_logits, part, chunk.weight, span)
         ctx.save_for_backward(*grads)
         return loss / num_trained
 
@@ -154,30 +155,67 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         return (*scaled, None, None, None, None)
 
 
-def _log_probs(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    with_slope: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities in float32 [chunk, V], and the softcap's derivative where there is one."""
-    logits = functional.linear(rows, weight, bias)
-    if softcap is None:
-        return functional.log_softmax(logits, dim=-1, dtype=torch.float32), None
-    tanh = torch.tanh(logits.float() / softcap)
-    return functional.log_softmax(softcap * tanh, dim=-1), 1 - tanh * tanh if with_slope else None
+def _compute_dtype(rows: torch.Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would multiply `rows` here."""
+    device = rows.device.type
+    dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+    return dtype
 
 
-def _logit_gradient(
-    log_probs: torch.Tensor, labels: torch.Tensor, num_trained: int, slope: torch.Tensor | None
-) -> torch.Tensor:
-    """d loss / d logits = (softmax - one-hot) / num_trained, 0 for untrained tokens; overwrites `log_probs`."""
-    is_trained = (labels != IGNORE_INDEX)[:, None]
-    grad = log_probs.exp_()
-    grad.scatter_add_(1, labels.clamp(min=0)[:, None], grad.new_full((len(labels), 1), -1.0))
-    grad.mul_(is_trained / num_trained)
-    return grad if slope is None else grad.mul_(slope)
+class _Chunk:
+    """The logits of one chunk after another, in the same memory: in 16 bits, and widened to float32.
+
+    Memory that is asked for anew for each chunk costs the CPU as much as the arithmetic: the kernel hands it out
+    in pages of zeros.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        softcap: float | None,
+    ) -> None:
+        self.weight, self.softcap = weight.to(dtype), softcap
+        self.bias = None if bias is None else bias.to(dtype)
+        shape = (num_rows, len(weight))
+        self._logits = weight.new_empty(shape, dtype=dtype)
+        is_wide = dtype == torch.float32
+        self._wide = self._logits if is_wide else weight.new_empty(shape, dtype=torch.float32)
+
+    def loss(self, rows: torch.Tensor, labels: torch.Tensor, with_grad: bool) -> torch.Tensor:
+        """The sum of the losses of `rows` [n, H]; keeps what `gradient` needs."""
+        logits, wide = self._logits[: len(rows)], self._wide[: len(rows)]
+        torch.mm(rows, self.weight.T, out=logits)
+        if self.bias is not None:
+            logits += self.bias
+        wide.copy_(logits)
+        self._slope = self._cap(wide, with_grad)
+        at_label = wide.gather(1, labels.clamp(min=0)[:, None])
+        highest = wide.amax(1, keepdim=True)
+        self._exp = wide.sub_(highest).exp_()
+        self._sum = self._exp.sum(1, keepdim=True)
+        losses = highest + self._sum.log() - at_label
+        return losses.masked_fill_((labels == IGNORE_INDEX)[:, None], 0.0).sum()
+
+    def _cap(self, wide: torch.Tensor, with_grad: bool) -> torch.Tensor | None:
+        """Apply the softcap in place; its derivative where that is needed."""
+        if self.softcap is None:
+            return None
+        wide.div_(self.softcap).tanh_()
+        slope = 1 - wide * wide if with_grad else None
+        wide.mul_(self.softcap)
+        return slope
+
+    def gradient(self, labels: torch.Tensor, num_trained: int) -> torch.Tensor:
+        """d loss / d logits [n, V] of the last rows: (softmax - one-hot) / num_trained, 0 for untrained tokens."""
+        weight = (labels != IGNORE_INDEX)[:, None] / num_trained
+        grad = self._exp.mul_(weight / self._sum)
+        grad.scatter_add_(1, labels.clamp(min=0)[:, None], -weight)
+        if self._slope is not None:
+            grad.mul_(self._slope)
+        return self._logits[: len(labels)].copy_(grad)
 
 
 def _add_gradients(
@@ -190,7 +228,9 @@ def _add_gradients(
     grad_rows, grad_weight, grad_bias = grads
     if grad_rows is not None:
         grad_rows[span] = grad_logits @ weight
-    if grad_weight is not None:
+    if grad_weight is not None and grad_weight.dtype == rows.dtype:
+        grad_weight.addmm_(grad_logits.T, rows)
+    elif grad_weight is not None:
         grad_weight += grad_logits.T @ rows
     if grad_bias is not None:
         grad_bias += grad_logits.sum(0)
