@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 from planner.blocks import Block, Recipe
 from planner.specs import Matrix, ModelSpec
-from planner.tape import FULL_WIDTH, LOGITS, ZERO, BlockMemory, Tensor, add, constant, per_token, scale
+from planner.tape import FULL_WIDTH, LOGITS, ZERO, BlockMemory, Tensor, add, constant, per_token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossBytes:
     """How a loss treats the logits.
 
-    With all of them at once (`chunk_tokens` 0), they are cast to float32: `shift_copy` then slices and copies them (transformers before the labels were padded instead); `keeps_16bit` and `keeps_input`: the
-    model's forward still holds the 16-bit logits, or the head's input, while the loss runs;
-    `in_place_grad`: a fused cross-entropy writes the gradient over the float32 logits; `scaled`: logits are multiplied once.
-    `ends_at_logits`: the forward only. Chunk by chunk: `chunk_tokens` at a time, with `softmax_width` bytes for each
-    logit of a chunk while its loss is computed and `gradient_width` while its gradients are; `evaluates`: without
-    gradients.
+    With all of them at once (`chunk_tokens` 0), they are cast to float32: `shift_copy` then slices and copies them
+    (transformers before the labels were padded instead); `keeps_16bit` and `keeps_input`: the model's forward
+    still holds the 16-bit logits, or the head's input, while the loss runs; `in_place_grad`: a fused cross-entropy
+    writes the gradient over the float32 logits; `scaled`: logits are multiplied once; `capped`: by a tanh.
+    `ends_at_logits`: the forward only. Chunk by chunk: `chunk_tokens` at a time, with `chunk_width` bytes for each
+    logit of a chunk; `evaluates`: without gradients.
     """
 
     shift_copy: bool = False
@@ -26,10 +26,10 @@ class LossBytes:
     keeps_input: bool = False
     in_place_grad: bool = False
     scaled: bool = False
+    capped: bool = False
     ends_at_logits: bool = False
     chunk_tokens: int = 0
-    softmax_width: int = 0
-    gradient_width: int = 0
+    chunk_width: int = 0
     evaluates: bool = False
 
 
@@ -57,6 +57,10 @@ class _Head(Block):
         first = logits = self._product(hidden, head, 1.0, LOGITS)
         if kind.scaled:
             first = logits = self.tape.run([logits], narrow, recipe.compute, category=LOGITS)
+        if kind.capped:
+            logits = self.tape.run([logits], narrow, recipe.compute, category=LOGITS)
+            logits = self.tape.run([logits], narrow, recipe.compute, saves_output=True, category=LOGITS)
+            first = logits = self.tape.run([logits], narrow, recipe.compute, category=LOGITS)
         if kind.ends_at_logits:
             return
         if recipe.compute != FULL_WIDTH:
@@ -79,25 +83,26 @@ class _Head(Block):
     def chunked_loss(self, hidden: Tensor, head: Matrix, kind: LossBytes) -> None:
         """Each chunk's logits give its gradients at once; those of input and weight wait for the backward.
 
-        The backward multiplies them by the loss' gradient, out of place.
+        The backward multiplies them by the loss' gradient, out of place. A weight in another dtype than the
+        product's is copied, and its gradient is added from a product of its own.
         """
-        recipe, num_logits = self.recipe, kind.chunk_tokens * head.out_features
+        recipe = self.recipe
+        is_cast = recipe.weight != recipe.compute
         weight = ZERO if kind.evaluates else self._weight_grad(head.num_weights, recipe.weight)
         rows = ZERO if kind.evaluates else per_token(hidden.width * head.in_features)
-        copy = recipe.compute * head.num_weights if recipe.weight != recipe.compute else 0
+        copies = is_cast * (1 + (weight != ZERO)) * recipe.compute * head.num_weights
+        chunk = kind.chunk_tokens * kind.chunk_width * head.out_features
         grads = self.tape.run(
             [hidden],
             add(rows, weight),
             hidden.width,
             saves_output=True,
-            temp=constant(num_logits * kind.softmax_width + copy),
+            temp=constant(chunk + copies),
             weight_grad=weight,
             category=LOGITS,
         )
         grads.grad_size = ZERO
-        product = scale(weight, recipe.compute / recipe.weight)
-        temp = add(constant(num_logits * kind.gradient_width + copy), product)
-        self.tape.run([grads], ZERO, FULL_WIDTH, temp=temp, category=LOGITS)
+        self.tape.run([grads], ZERO, FULL_WIDTH, category=LOGITS)
 
     def _hold_until_loss(self, tensor: Tensor) -> None:
         """A Python variable that keeps a tensor alive until the loss is there."""

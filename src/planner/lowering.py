@@ -10,6 +10,7 @@ from planner.methods import find_method
 from planner.setup import TrainSetup
 from planner.specs import ModelSpec
 from planner.stack import Stack
+from planner.tape import FULL_WIDTH
 from planner.units import DTYPE_BYTES
 
 
@@ -60,10 +61,10 @@ def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, e
     """
     compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
     if setup.loss == "chunked":
-        return _chunked_bytes(setup, tokens, evaluates)
+        return _chunked_bytes(setup, model, tokens, evaluates)
     if setup.loss == "fused":
         chunk = liger_chunk_tokens(model, tokens)
-        return LossBytes(chunk_tokens=chunk, softmax_width=compute, gradient_width=compute)
+        return LossBytes(chunk_tokens=chunk, chunk_width=compute)
     is_old = stack.is_before("transformers", 4, 50)
     has_own_loss = model.family in _OWN_LOSS_FAMILIES
     return LossBytes(
@@ -72,26 +73,23 @@ def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, e
         keeps_input=is_old,
         in_place_grad=setup.kernels == "fused",
         scaled=has_own_loss,
+        capped=model.logit_softcap,
     )
 
 
-def _chunked_bytes(setup: TrainSetup, tokens: int, evaluates: bool) -> LossBytes:
-    """bench.loss.ChunkedCrossEntropy, step by step.
+def _chunked_bytes(setup: TrainSetup, model: ModelSpec, tokens: int, evaluates: bool) -> LossBytes:
+    """bench.loss.ChunkedCrossEntropy: each chunk in the memory of the one before it.
 
-    Of one chunk: the logits, their float32 copy (float16 is widened inside the kernel: SoftMax.cpp), the float32
-    log-probabilities, which the gradient overwrites, and the gradient in the dtype of the hidden states. Log-probabilities and
-    gradient of a chunk live until the next one has its own.
+    The logits in the dtype of the product, and widened to float32 where that is narrower; a softcap's derivative
+    and the square that it is made of beside them.
     """
-    dtype = setup.autocast or setup.weights_dtype
-    compute, rows = DTYPE_BYTES[dtype], unquantised_width(setup)
-    copy = 4 if dtype == "bfloat16" else 0
-    gradient = 4 + (rows if rows != 4 else 0)
-    before = (4 if evaluates else gradient) if tokens > LOSS_CHUNK_TOKENS else 0
+    compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
+    width = compute if compute == FULL_WIDTH else compute + FULL_WIDTH
+    slope = FULL_WIDTH if model.logit_softcap and not evaluates else 0
     return LossBytes(
         evaluates=evaluates,
         chunk_tokens=min(LOSS_CHUNK_TOKENS, tokens),
-        softmax_width=before + compute + copy + 4,
-        gradient_width=gradient + (compute if rows != compute else 0),
+        chunk_width=width + 2 * slope,
     )
 
 

@@ -314,7 +314,7 @@ class Step:
         setup, run = self.run.setup, self.run
         rows = setup.eval_batch_size or setup.micro_batch_size
         tokens = round(self.tokens * rows / setup.micro_batch_size)
-        copies = {"workspace": self._autocast_copies(with_head=True)}
+        copies = {"workspace": self._autocast_copies(with_head=setup.loss == "full")}
         held = {"activations": 2.0 * self.stream * rows / setup.micro_batch_size}
         head = run.head(tokens, evaluates=True).no_grad
         peaks = [self._plus(copies, head.at(tokens, self.seq_len))]
