@@ -219,6 +219,7 @@ def _layer(
         window=(dims["window"] or None) if kind.mixer == "sliding" else None,
         causal=side == "decoder",
         qk_norm=fam["qk_norm"] if kind.mixer != "linear" and dims.evaluate(fam["qk_norm_if"]) else "none",
+        capped_scores=bool(dims.config.get("attn_logit_softcapping")),
         norm=fam["norm"],
         num_norms=dims.evaluate(fam["num_norms"]),
         wiring="parallel" if dims.evaluate(fam["parallel_if"]) else fam["wiring"],

@@ -81,6 +81,10 @@ def eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpe
     key, value = _repeated(tape, key, value, layer, width)
     weights = tape.run([query, key], scores, width, saves=[query, key])
     scaled = tape.run([weights], scores, width)
+    if layer.capped_scores:
+        scaled = tape.run([scaled], scores, width)
+        scaled = tape.run([scaled], scores, width, saves_output=True)
+        scaled = tape.run([scaled], scores, width)
     masked = tape.run([scaled], scores, width, shares_grad=True)
     wide = masked if width == FULL_WIDTH else tape.run([masked], _scores(layer, FULL_WIDTH), FULL_WIDTH)
     weights = tape.run([wide], _scores(layer, FULL_WIDTH), FULL_WIDTH, saves_output=True)
