@@ -63,6 +63,10 @@ _LAWS = (
 )
 
 
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+"""config.json's keys that multiply the logits after the head: a loss that takes the head itself can't know them."""
+
+
 def check(setup: TrainSetup, machine: Machine, model: ModelSpec) -> None:
     """Raise SetupError for the first law that is broken, NotModelledError for a back end without rules."""
     find_method(setup.method)
@@ -78,6 +82,11 @@ def check(setup: TrainSetup, machine: Machine, model: ModelSpec) -> None:
     if setup.objective in ("sft", "pretrain", "dpo") and model.architecture != "decoder":
         raise SetupError(
             "objective", f"{setup.objective} needs a decoder, and {model.name} is an {model.architecture}"
+        )
+    scale = next((name for name in LOGIT_SCALES if model.config.get(name) not in (None, 1)), None)
+    if setup.loss != "full" and scale is not None:
+        raise SetupError(
+            "loss", f"{setup.loss} doesn't work on {model.name}: it scales its logits ({scale}); use full"
         )
 
 
