@@ -117,7 +117,8 @@ class TrainSetup:
         for key in values:
             if key not in known:
                 nearest = ", ".join(nearest_names(str(key), known)) or "see `finefit plan --help`"
-                raise SetupError(str(key), f"no such field; nearest: {nearest}")
+                shown = key if isinstance(key, str) and key.isprintable() else repr(key)
+                raise SetupError(shown, f"no such field; nearest: {nearest}")
         return cls(**values)
 
     @property
