@@ -10,6 +10,7 @@ Rows that fill less than half of a sequence are packed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,15 +88,17 @@ def plan(
     `model` saves resolving `wishes["model"]`, or comes from the hub.
     Raises DoesNotFitError with the smallest shortfall when nothing fits, SetupError for contradictory wishes.
     """
+    TrainSetup(**{name: wishes[name] for name in _READ_HERE if name in wishes})
     model = model or open_model(wishes)
-    shape = _shape(wishes, model, lengths, _global_batch(wishes, global_batch))
+    shape = _shape(wishes, model, lengths, _global_batch(wishes, machine, global_batch))
     rejected: list[Rejected] = []
+    errors: list[SetupError] = []
     for candidate in _candidates(wishes, machine):
         fixed = {"seq_len": shape.seq_len, "micro_batch_size": 1, "packing": shape.is_packed}
-        setup = TrainSetup(**{**candidate.fields, **fixed})
         try:
-            estimator = Estimator(setup, machine, model)
+            estimator = Estimator(TrainSetup(**{**candidate.fields, **fixed}), machine, model)
         except SetupError as error:
+            errors.append(error)
             rejected.append(Rejected(label=candidate.label, reason=str(error), short_by_bytes=0))
             continue
         estimate = _largest(estimator, wishes, shape)
@@ -103,7 +106,13 @@ def plan(
             reasons = _reasons(candidate, estimate, rejected, shape)
             return Plan(estimate=estimate, reasons=reasons, rejected=tuple(rejected))
         rejected.append(_rejection(candidate, estimate))
+    if len(errors) == len(rejected):
+        raise errors[0]
     raise _nothing_fits(machine, rejected)
+
+
+_READ_HERE = ("method", "objective", "attention", "seq_len", "micro_batch_size", "grad_accum_steps")
+"""Wishes that the search itself computes with: what isn't a value of theirs is an error at once."""
 
 
 def open_model(wishes: Mapping[str, Any], *, offline: bool = True) -> ModelSpec:
@@ -158,29 +167,26 @@ def _length(wishes: Mapping[str, Any], model: ModelSpec, lengths: DataLengths | 
     return chosen, f"{chosen} tokens per sequence hold the longest row ({lengths.longest}; {lengths.source})"
 
 
-def _global_batch(wishes: Mapping[str, Any], asked: int | None) -> int:
+def _global_batch(wishes: Mapping[str, Any], machine: Machine, asked: int | None) -> int:
     if asked is not None:
         return asked
-    if "micro_batch_size" in wishes or "grad_accum_steps" in wishes:
-        sizes = wishes.get("micro_batch_size", 1) * wishes.get("grad_accum_steps", 1)
-        return int(sizes * wishes.get("num_gpus", 1))
+    if "micro_batch_size" in wishes:
+        return int(wishes["micro_batch_size"] * wishes.get("grad_accum_steps", 1) * machine.num_gpus)
     return DEFAULT_GLOBAL_BATCH
 
 
-_VARIED = ("weights_dtype", "autocast", "optimizer", "optimizer_in_backward", "checkpointing", "loss")
-"""Fields that candidates differ in; one that contradicts the user's wish is no candidate."""
-
-
 def _candidates(wishes: Mapping[str, Any], machine: Machine) -> Iterator[_Candidate]:
+    """Every choice with the user's wishes on top; choices that the wishes make equal come once."""
+    seen: list[dict[str, Any]] = []
     methods = (wishes["method"],) if "method" in wishes else METHODS
     for method in methods:
-        for recipe_fields in _recipes(method, machine):
-            for checkpointing in ("none", "full"):
-                for loss in ("full", "chunked"):
-                    own = {**recipe_fields, "checkpointing": checkpointing, "loss": loss}
-                    own |= _sharding(machine)
-                    if all(wishes.get(k, v) == v for k, v in own.items() if k in _VARIED):
-                        yield _Candidate(_label({**own, **wishes}), {**own, **wishes})
+        choices = itertools.product(_recipes(method, machine), ("none", "full"), ("full", "chunked"))
+        for recipe_fields, checkpointing, loss in choices:
+            own = {**recipe_fields, "checkpointing": checkpointing, "loss": loss, **_sharding(machine)}
+            fields = {**own, **wishes, "method": method}
+            if fields not in seen:
+                seen.append(fields)
+                yield _Candidate(_label(fields), fields)
 
 
 def _recipes(method: str, machine: Machine) -> list[dict[str, Any]]:
@@ -218,14 +224,25 @@ def _largest(estimator: Estimator, wishes: Mapping[str, Any], shape: _Shape) -> 
     """The largest micro-batch that fits, by doubling, with the accumulation that keeps the global batch."""
     ranks = estimator.setup.num_gpus
     per_rank, seq_len = max(1, shape.global_batch // ranks), shape.seq_len
-    size = wishes.get("micro_batch_size", 1)
-    if "micro_batch_size" not in wishes:
-        while _may_double(size, per_rank, seq_len) and estimator.verdict(2 * size, seq_len) == "fits":
-            size *= 2
+    if "micro_batch_size" in wishes:
+        return _accumulated(estimator, wishes, per_rank, wishes["micro_batch_size"])
+    size, most = 1, max(1, per_rank // wishes.get("grad_accum_steps", 1))
+    while _may_double(size, most, seq_len) and estimator.verdict(2 * size, seq_len) == "fits":
+        size *= 2
+    found = _accumulated(estimator, wishes, per_rank, size)
+    # Gradients that wait for other micro-batches need room that the doubling didn't count.
+    while size > 1 and found.fit.verdict != "fits":
+        size //= 2
+        found = _accumulated(estimator, wishes, per_rank, size)
+    return found
+
+
+def _accumulated(estimator: Estimator, wishes: Mapping[str, Any], per_rank: int, size: int) -> Estimate:
+    """The estimate at that micro-batch with the accumulation that fills the rank's share of the batch."""
     in_backward = estimator.setup.optimizer_in_backward
     accumulation = wishes.get("grad_accum_steps", 1 if in_backward else max(1, per_rank // size))
     setup = estimator.setup.with_(micro_batch_size=size, grad_accum_steps=accumulation)
-    return Estimator(setup, estimator.machine, estimator.model).at(size, seq_len)
+    return Estimator(setup, estimator.machine, estimator.model).at(size, setup.seq_len)
 
 
 def _may_double(size: int, per_rank: int, seq_len: int) -> bool:
@@ -261,11 +278,7 @@ def _reasons(
 
 
 def _nothing_fits(machine: Machine, rejected: list[Rejected]) -> DoesNotFitError:
-    tried = [r for r in rejected if r.estimate is not None]
-    if not tried:
-        reason = rejected[0].reason if rejected else "no candidate is left"
-        return DoesNotFitError(f"no configuration works on {machine.label}: {reason}", 0)
-    best = min(tried, key=lambda r: r.short_by_bytes)
+    best = min(rejected, key=lambda r: r.short_by_bytes)
     return DoesNotFitError(
         f"nothing fits on {machine.label}; nearest is {best.label}: {best.reason}. "
         "Try a smaller --seq-len, --method qlora, or more GPUs (see `finefit needs`)",
