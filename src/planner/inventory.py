@@ -154,8 +154,10 @@ def _matrix_tensors(matrix: Matrix, count: int, width: int) -> Iterator[TrainedT
 def _adapter_tensors(setup: TrainSetup, model: ModelSpec) -> Iterator[TrainedTensor]:
     width = trained_width(setup)
     for layer, matrix in target_matrices(model, setup.targets):
-        rank = adapter_rank(matrix, setup.rank)
-        copies = layer.count * matrix.copies
+        rank, copies = adapter_rank(matrix, setup.rank), layer.count * matrix.copies
+        if matrix.kind == "parameter":
+            # All experts' adapters are one pair, as their weights are one parameter.
+            rank, copies = rank * matrix.copies, layer.count
         yield TrainedTensor(rank, matrix.in_features, copies, width)
         yield TrainedTensor(matrix.out_features, rank, copies, width)
 
