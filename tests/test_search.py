@@ -196,6 +196,19 @@ def test_the_gap_is_the_smallest_one(free_gib, method):
         assert error.short_by_bytes == 0, "nothing is short any more, only tight"
 
 
+def test_a_wish_chooses_the_recipe_that_was_composed_for_it():
+    setup = search(machine(), method="full", weights_dtype="bfloat16").estimate.setup
+    assert setup.autocast is None, "autocast belongs to the recipe with float32 weights"
+
+
+def test_what_contradicts_a_wish_is_not_the_nearest():
+    for wish in ({"grad_accum_steps": 4}, {"max_grad_norm": 1.0}):
+        with pytest.raises(DoesNotFitError) as caught:
+            search(machine(0.7), method="full", **wish)
+        assert caught.value.short_by_bytes > 0
+        assert "in the backward" not in str(caught.value)
+
+
 def test_every_rejected_candidate_says_why():
     with pytest.raises(DoesNotFitError, match=r"nearest is .* short at 2048 tokens"):
         search(machine(0.6))

@@ -176,17 +176,39 @@ def _global_batch(wishes: Mapping[str, Any], machine: Machine, asked: int | None
 
 
 def _candidates(wishes: Mapping[str, Any], machine: Machine) -> Iterator[_Candidate]:
-    """Every choice with the user's wishes on top; choices that the wishes make equal come once."""
+    """The choices that come closest, with the user's wishes on top; those that the wishes make equal come once."""
     seen: list[dict[str, Any]] = []
     methods = (wishes["method"],) if "method" in wishes else METHODS
     for method in methods:
-        choices = itertools.product(_recipes(method, machine), ("none", "full"), ("full", "chunked"))
-        for recipe_fields, checkpointing, loss in choices:
-            own = {**recipe_fields, "checkpointing": checkpointing, "loss": loss, **_sharding(machine)}
+        for own in _closest(wishes, list(_choices(method, machine))):
             fields = {**own, **wishes, "method": method}
             if fields not in seen:
                 seen.append(fields)
                 yield _Candidate(_label(fields), fields)
+
+
+def _choices(method: str, machine: Machine) -> Iterator[dict[str, Any]]:
+    """What the search would choose by itself, in the order of preference."""
+    choices = itertools.product(_recipes(method, machine), ("none", "full"), ("full", "chunked"))
+    for recipe_fields, checkpointing, loss in choices:
+        yield {**recipe_fields, "checkpointing": checkpointing, "loss": loss, **_sharding(machine)}
+
+
+_VARIED = ("weights_dtype", "autocast", "optimizer", "checkpointing", "loss")
+"""Fields that the choices differ in."""
+_TIED = ("grad_accum_steps", "max_grad_norm")
+"""Fields that a choice names because it can't do otherwise: with another wish it is none."""
+
+
+def _closest(wishes: Mapping[str, Any], choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The choices with the most fields as wished: what the others were composed for would be torn apart."""
+
+    def agreements(own: Mapping[str, Any]) -> int:
+        return sum(name in wishes and own[name] == wishes[name] for name in _VARIED)
+
+    possible = [own for own in choices if all(wishes.get(k, own[k]) == own[k] for k in _TIED if k in own)]
+    most = max(agreements(own) for own in possible)
+    return [own for own in possible if agreements(own) == most]
 
 
 def _recipes(method: str, machine: Machine) -> list[dict[str, Any]]:
@@ -278,7 +300,8 @@ def _reasons(
 
 
 def _nothing_fits(machine: Machine, rejected: list[Rejected]) -> DoesNotFitError:
-    best = min(rejected, key=lambda r: r.short_by_bytes)
+    tried = [r for r in rejected if r.estimate is not None]
+    best = min(tried, key=lambda r: r.short_by_bytes)
     return DoesNotFitError(
         f"nothing fits on {machine.label}; nearest is {best.label}: {best.reason}. "
         "Try a smaller --seq-len, --method qlora, or more GPUs (see `finefit needs`)",
