@@ -45,21 +45,30 @@ class Run:
         self.inventory = take_inventory(setup, model)
         self._stack = parse_stack(setup.stack)
         self.recipe = block_recipe(setup, model, self._stack, on_gpu=on_gpu, has_flash=has_flash)
-        self._blocks: dict[tuple[LayerSpec, bool], BlockMemory] = {}
-        self._heads: dict[LossBytes, BlockMemory] = {}
+        self._blocks: dict[tuple[bool, ...], list[_LayerKind]] = {}
+        self._heads: dict[tuple[int, bool, bool], BlockMemory] = {}
+        self._built_heads: dict[LossBytes, BlockMemory] = {}
         self._ranks = setup.num_gpus
         self._workspace = workspace_bytes
 
     def blocks(self, seq_len: int) -> list[_LayerKind]:
         """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
-        return [_LayerKind(x.count, self._block(x, self._is_masked(x, seq_len))) for x in self.model.layers]
+        masked = tuple(self._is_masked(layer, seq_len) for layer in self.model.layers)
+        if masked not in self._blocks:
+            self._blocks[masked] = self._build_blocks(masked)
+        return self._blocks[masked]
 
-    def _block(self, layer: LayerSpec, is_masked: bool) -> BlockMemory:
-        alike = (replace(layer, count=1, window=None), is_masked)
-        if alike not in self._blocks:
-            recipe = replace(self.recipe, is_masked=is_masked) if is_masked else self.recipe
-            self._blocks[alike] = layer_memory(layer, self.model.hidden_size, recipe)
-        return self._blocks[alike]
+    def _build_blocks(self, masked: tuple[bool, ...]) -> list[_LayerKind]:
+        """Kinds of layers that differ only in number and window are built once."""
+        built: dict[tuple[LayerSpec, bool], BlockMemory] = {}
+        kinds = []
+        for layer, is_masked in zip(self.model.layers, masked, strict=True):
+            alike = (replace(layer, count=1, window=None), is_masked)
+            if alike not in built:
+                recipe = replace(self.recipe, is_masked=is_masked)
+                built[alike] = layer_memory(layer, self.model.hidden_size, recipe)
+            kinds.append(_LayerKind(layer.count, built[alike]))
+        return kinds
 
     def _is_masked(self, layer: LayerSpec, seq_len: int) -> bool:
         if self.setup.attention != "sdpa":
@@ -83,12 +92,17 @@ class Run:
 
     def head(self, tokens: int, *, ends_at_logits: bool = False, evaluates: bool = False) -> BlockMemory:
         """Final norm, head and loss; how many tokens a chunked loss takes at once depends on the batch."""
-        kind = loss_bytes(self.setup, self.model, self._stack, tokens, evaluates)
-        if ends_at_logits:
-            kind = replace(kind, ends_at_logits=True)
-        if kind not in self._heads:
-            self._heads[kind] = head_memory(self.model, self.model.layers[-1].norm, self.recipe, kind)
-        return self._heads[kind]
+        asked = (tokens, ends_at_logits, evaluates)
+        if asked not in self._heads:
+            kind = loss_bytes(self.setup, self.model, self._stack, tokens, evaluates)
+            self._heads[asked] = self._build_head(replace(kind, ends_at_logits=ends_at_logits))
+        return self._heads[asked]
+
+    def _build_head(self, kind: LossBytes) -> BlockMemory:
+        if kind not in self._built_heads:
+            norm = self.model.layers[-1].norm
+            self._built_heads[kind] = head_memory(self.model, norm, self.recipe, kind)
+        return self._built_heads[kind]
 
     def static(self) -> dict[str, float]:
         """What every phase of a running step holds, per rank: weights, adapters, optimizer states, workspace."""

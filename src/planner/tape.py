@@ -259,7 +259,8 @@ class Tape:
         for index, op in enumerate(self.operations):
             out = op.output
             live[out.category] = add(live[out.category], out.size)
-            snapshots.append(_with((live[0], live[1], live[2], live[3]), WORKSPACE, op.temp))
+            moment = (live[0], live[1], live[2], live[3])
+            snapshots.append(moment if op.temp is ZERO else _with(moment, WORKSPACE, op.temp))
             if not (keep_saved and out.saved_until >= 0) and index < len(self.operations) - 1:
                 dying.setdefault(out.last_use, []).append(out)
             for tensor in dying.pop(index, ()):
@@ -305,7 +306,8 @@ class _Backward:
         wanted = [t for t in op.inputs if t.needs_grad]
         made = [mine if op.shares_grad and t.gradient == mine.size else self._allocate(t) for t in wanted]
         self._change(GRADIENTS, op.weight_grad, 1)
-        self.snapshots.append(_with(self._snapshot(), WORKSPACE, op.grad_temp))
+        moment = self._snapshot()
+        self.snapshots.append(moment if op.grad_temp is ZERO else _with(moment, WORKSPACE, op.grad_temp))
         for gradient in made:
             gradient.num_owners += 1
         self._drop(mine)
@@ -380,18 +382,18 @@ def _plus(snapshots: Iterable[Snapshot], extra: Snapshot) -> list[Snapshot]:
     return [(add(s[0], a), add(s[1], b), add(s[2], c), add(s[3], d)) for s in snapshots]
 
 
-def _prune(snapshots: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
+def _prune(snapshots: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
     """Drop the candidates that another one exceeds at every batch and length."""
-    front: list[tuple[Size, Snapshot]] = []
+    front: list[tuple[float, float, float, Snapshot]] = []
     for snapshot in snapshots:
         a, b, c, d = snapshot
-        total = (a[0] + b[0] + c[0] + d[0], a[1] + b[1] + c[1] + d[1], a[2] + b[2] + c[2] + d[2])
-        if any(_covers(other, total) for other, _ in front):
-            continue
-        front = [kept for kept in front if not _covers(total, kept[0])]
-        front.append((total, snapshot))
-    return tuple(snapshot for _, snapshot in front)
-
-
-def _covers(a: Size, b: Size) -> bool:
-    return a[0] >= b[0] and a[1] >= b[1] and a[2] >= b[2]
+        x, y, z = a[0] + b[0] + c[0] + d[0], a[1] + b[1] + c[1] + d[1], a[2] + b[2] + c[2] + d[2]
+        kept = []
+        for other in front:
+            if other[0] >= x and other[1] >= y and other[2] >= z:
+                break
+            if other[0] > x or other[1] > y or other[2] > z:
+                kept.append(other)
+        else:
+            front = [*kept, (x, y, z, snapshot)]
+    return tuple(entry[3] for entry in front)
