@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -563,3 +564,13 @@ def test_what_cannot_run_says_so_in_one_line(
     with pytest.raises(error) as caught:
         quiet_train(plan(**changes), tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+def test_progress_goes_to_stderr_with_the_time_left(
+    plan: Callable[..., TrainSetup], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(plan(max_steps=3), tmp_path / "run")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "held out after step 0: loss" in captured.err
+    assert re.search(r"step 2/3: loss \d\.\d+, [\d,]+ tokens/s, .* left", captured.err)

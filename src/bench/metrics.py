@@ -13,6 +13,7 @@ import torch
 
 from planner.errors import FinefitError
 from planner.files import write_atomically
+from planner.units import format_duration
 
 
 class MetricsLog:
@@ -62,20 +63,28 @@ class Progress:
     """A bar on a terminal; elsewhere a line on stderr every tenth of the run."""
 
     def __init__(self, num_steps: int, first_step: int, is_shown: bool) -> None:
-        self.num_steps, self.is_shown = num_steps, is_shown
+        self.num_steps, self.first_step, self.is_shown = num_steps, first_step, is_shown
+        self._steps_s = 0.0
         self._bar: Any = None
         if is_shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def step(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Show that `step` steps are done."""
+    def step(self, step: int, loss: float, tokens_per_s: float, step_s: float) -> None:
+        """Show that `step` steps are done, the last one in `step_s` seconds."""
+        self._steps_s += step_s
+        figures = f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update()
-        elif self.is_shown and (step == self.num_steps or step % max(1, self.num_steps // 10) == 0):
-            self.say(f"step {step}/{self.num_steps}: loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s")
+        elif step == self.num_steps or step % max(1, self.num_steps // 10) == 0:
+            self.say(f"step {step}/{self.num_steps}: {figures}, {self._time_left(step)}")
+
+    def _time_left(self, step: int) -> str:
+        """At the pace of this session's steps."""
+        mean_step_s = self._steps_s / (step - self.first_step)
+        return f"{format_duration(mean_step_s * (self.num_steps - step))} left"
 
     def say(self, line: str) -> None:
         """One line on stderr, above the bar."""

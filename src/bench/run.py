@@ -156,7 +156,7 @@ class Run:
         has_bad_norm = grad_norm is not None and not math.isfinite(grad_norm) and not self.train_step.scaler
         if has_bad_norm or not math.isfinite(loss):
             raise FinefitError(self._divergence(loss, grad_norm, result.learning_rate))
-        self.progress.step(self.state.step, loss, tokens_per_s)
+        self.progress.step(self.state.step, loss, tokens_per_s, step_s)
 
     def _divergence(self, loss: float, grad_norm: float | None, learning_rate: float) -> str:
         saved = "no checkpoint was written" if self.saved_step is None else f"step {self.saved_step} is saved"
@@ -172,6 +172,7 @@ class Run:
         if not (edge or (every and step % every == 0)):
             return
         if self.data.held_out and all(e["step"] != step for e in self.state.evaluations):
+            self.progress.say(f"evaluating {len(self.data.held_out)} held-out examples")
             evaluation = evaluate(self.train_step, self.data.held_out, pad_id=self.data.pad_id)
             entry = {"step": step, **evaluation.to_dict()}
             self.state.evaluations.append(entry)
