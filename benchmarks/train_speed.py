@@ -287,7 +287,7 @@ Made by `python benchmarks/train_speed.py --steps {options.steps} --repetitions 
 
 finefit / Trainer, CPU-seconds per step: **{summary["ratio"]:.3f}** (must reach: at most 1).
 
-{__doc__.partition("Both train")[1]}{__doc__.partition("Both train")[2].strip()}
+Both train {__doc__.partition("Both train ")[2].strip()}
 
 Losses are means over the steps of one child; the programs shuffle the blocks differently, so they are close, not equal.
 

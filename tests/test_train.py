@@ -574,3 +574,15 @@ def test_progress_goes_to_stderr_with_the_time_left(
     assert captured.out == ""
     assert "held out after step 0: loss" in captured.err
     assert re.search(r"step 2/3: loss \d\.\d+, [\d,]+ tokens/s, .* left", captured.err)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+def test_compiled_layers_train_evaluate_and_answer_like_plain_ones(
+    plan: Callable[..., TrainSetup], tmp_path: Path
+) -> None:
+    changes = {"checkpointing": "full", "loss": "chunked", "max_steps": 2}
+    plain = quiet_train(plan(**changes), tmp_path / "plain")
+    compiled = quiet_train(plan(**changes, compile=True), tmp_path / "compiled")
+    assert compiled.final_loss == pytest.approx(plain.final_loss, rel=1e-3)
+    assert compiled.eval_after["loss"] == pytest.approx(plain.eval_after["loss"], rel=1e-3)
