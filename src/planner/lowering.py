@@ -46,6 +46,19 @@ def block_recipe(
 
 _QUANTISED_BITS = {None: 0, "nf4": 4, "nf4-double": 4, "fp4": 4, "int8": 8}
 
+_SCALED_EMBEDDINGS = ("granite", "granitemoe", "gemma", "gemma2", "gemma3_text")
+"""Families that multiply the embeddings' output."""
+
+
+def keeps_embeddings(setup: TrainSetup, model: ModelSpec, stack: Stack) -> bool:
+    """Whether the embeddings' output lives beside its multiple, which is the first layer's input.
+
+    Reentrant checkpointing of a frozen base needs that output as a leaf of the graph, which holds it.
+    """
+    is_leaf = setup.uses_adapters and setup.checkpointing == "full" and stack.is_before("transformers", 5)
+    return is_leaf and model.family in _SCALED_EMBEDDINGS
+
+
 _OWN_LOSS_FAMILIES = ("granite", "granitemoe")
 
 

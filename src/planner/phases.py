@@ -9,7 +9,7 @@ from planner.blocks import layer_memory
 from planner.heads import LossBytes, head_memory
 from planner.inventory import take_inventory
 from planner.layers import target_matrices
-from planner.lowering import block_recipe, loss_bytes
+from planner.lowering import block_recipe, keeps_embeddings, loss_bytes
 from planner.results import ALLOCATED_TERMS
 from planner.setup import TrainSetup
 from planner.sharding import STRATEGIES
@@ -44,6 +44,7 @@ class Run:
         self.strategy = STRATEGIES[setup.sharding]
         self.inventory = take_inventory(setup, model)
         self._stack = parse_stack(setup.stack)
+        self.keeps_embeddings = keeps_embeddings(setup, model, self._stack)
         self.recipe = block_recipe(setup, model, self._stack, on_gpu=on_gpu, has_flash=has_flash)
         self._blocks: dict[tuple[bool, ...], list[_LayerKind]] = {}
         self._heads: dict[tuple[int, bool, bool], BlockMemory] = {}
@@ -191,6 +192,7 @@ class Step:
             if not self.is_checkpointed:
                 for name, size in zip(CATEGORIES, block.memory.saved, strict=True):
                     kept[name] += count * evaluate(size, self.tokens, self.seq_len)
+        kept["activations"] += self.stream if self.run.keeps_embeddings else 0.0
         kept["activations"] += self._escaped() if self.is_checkpointed else 0.0
         kept["workspace"] += self._stored_copies() + self.run.communication_bytes()
         return kept
