@@ -9,7 +9,7 @@ from planner.blocks import Recipe, layer_memory
 from planner.hf_config import model_spec
 from planner.memory import MemoryModel
 from planner.setup import TrainSetup
-from planner.tape import evaluate
+from planner.tape import Tape, evaluate
 
 H, F, Q, KV, HEADS, R = 1024, 2816, 1024, 256, 16, 16
 """Hidden size, feed-forward size, widths of queries and of keys, heads, rank."""
@@ -186,6 +186,28 @@ class TestKernels:
         capped = replace(layer(), capped_scores=True)
         assert sum(s[2] for s in layer_memory(capped, H, replace(base, attention="eager")).saved) == 8 * HEADS
 
+    @pytest.mark.parametrize(
+        ("kernel", "width", "held"),
+        [
+            (kernels.flash, 2, 4 * Q + 4 * HEADS + 2 * 2 * Q),
+            (kernels.efficient, 2, 4 * Q + 4 * HEADS),
+            (kernels.efficient, 4, 4 * HEADS),
+            (kernels.on_cpu, 2, 0),
+        ],
+    )
+    def test_what_a_backward_holds_while_it_runs(self, kernel, width, held):
+        tape = Tape()
+        inputs = [tape.input((0.0, width * size, 0.0), width) for size in (Q, KV, KV)]
+        kernel(tape, *inputs, layer(), width)
+        assert tape.play().backward.at(1, 1)["workspace"] == held
+
+    def test_queries_keys_and_values_live_until_the_output_projection_is_done(self):
+        """Without gradients nothing else keeps them; the highest moment of a layer without an MLP is there."""
+        memory = layer_memory(layer(intermediate_size=1), H, recipe(method="lora", targets=["up_proj"]))
+        context = 2 * Q + 4 * HEADS
+        at_output = 2 * H + (2 * Q + 2 * KV + 2 * KV) + context + 2 * H
+        assert sum(memory.no_grad.at(1, 1).values()) >= at_output
+
     def test_a_mask_needs_as_many_key_heads_as_query_heads(self):
         base = recipe(method="full")
         assert per_token(layer(), replace(base, is_masked=True)) - per_token(layer(), base) == pytest.approx(
@@ -262,6 +284,17 @@ TRACED = {
     "llama eager": (LLAMA, {"attention": "eager"}),
     "llama packed": (LLAMA, {"packing": True, "checkpointing": "full"}),
     "llama old stack": (LLAMA, {"stack": "transformers 4.48.1", "checkpointing": "full"}),
+    "gemma2 chunked": (
+        config(
+            "gemma2",
+            head_dim=64,
+            tie_word_embeddings=True,
+            vocab_size=32000,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+        ),
+        {"loss": "chunked", "attention": "eager", "checkpointing": "full"},
+    ),
     "qwen3": (config("qwen3", head_dim=64), {}),
     "gemma3": (
         config("gemma3_text", head_dim=64, layer_types=["full_attention"] * 8, tie_word_embeddings=True),
@@ -296,7 +329,9 @@ def test_the_closed_form_agrees_with_a_trace_of_the_real_step(name):
     workspace = model.run.static()["workspace"]
     highest = max(traced.values())
     assert found.peak_allocated_bytes - workspace == pytest.approx(highest, rel=0.01)
-    for phase in ("loss", "backward", "optimizer"):
-        assert found.phases[phase] - workspace == pytest.approx(
-            traced[phase], rel=0.015, abs=0.005 * highest
-        ), phase
+    # What Python variables of the grouped experts hold between operations isn't counted.
+    loose = 0.06 if "experts" in name or name == "mixtral" else 0.015
+    tolerances = {"loss": 0.015, "backward": 0.015, "optimizer": 0.015, "forward": loose, "eval": loose}
+    for phase, tolerance in tolerances.items():
+        expected = pytest.approx(traced[phase], rel=tolerance, abs=0.005 * highest)
+        assert found.phases[phase] - workspace == expected, phase

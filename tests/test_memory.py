@@ -189,6 +189,32 @@ def test_an_optimizer_in_the_backward_never_holds_all_gradients():
     assert freed.phases["optimizer"] - freed.phases["save"] < 0.5 * 2 * MODEL.num_params
 
 
+SMALL_VOCABULARY = {**CONFIG, "vocab_size": 64}
+
+
+def test_each_gradient_is_there_once():
+    """With few tokens the backward ends with all gradients and next to nothing else."""
+    spec = model_spec(SMALL_VOCABULARY)
+    setup = TrainSetup(model=SMALL_VOCABULARY, method="full", seq_len=16, optimizer="adamw-fused")
+    once = estimate_memory(setup, spec).phases
+    assert 2 * spec.num_params <= once["backward"] - once["save"] <= 1.05 * 2 * spec.num_params
+
+
+def test_a_second_micro_batch_makes_a_tensors_gradient_beside_all():
+    spec = model_spec(SMALL_VOCABULARY)
+    setup = TrainSetup(
+        model=SMALL_VOCABULARY, method="full", seq_len=16, optimizer="adamw-fused", grad_accum_steps=2
+    )
+    twice, largest = estimate_memory(setup, spec).phases, 2 * 704 * 256
+    assert twice["backward"] - twice["save"] >= 2 * spec.num_params + largest
+
+
+def test_the_step_comes_when_the_batch_is_gone():
+    for seq_len in (64, 4096):
+        found = memory(method="full", optimizer="adamw-fused", seq_len=seq_len).phases
+        assert found["optimizer"] - found["save"] == 2 * MODEL.num_params - 32 * seq_len
+
+
 def test_workspaces_belong_to_the_card():
     plain = memory(seq_len=64)
     hopper = estimate_memory(TrainSetup(model=CONFIG, seq_len=64), MODEL, capability=(9, 0))

@@ -209,6 +209,25 @@ def test_what_contradicts_a_wish_is_not_the_nearest():
         assert "in the backward" not in str(caught.value)
 
 
+def test_tight_is_not_enough():
+    """Between what fits and what doesn't there are machines on which each candidate is tight."""
+    was_tight = False
+    for hundredths in range(60, 400, 2):
+        try:
+            found = search(machine(hundredths / 100), 1, method="lora", checkpointing="full", loss="full")
+        except DoesNotFitError as error:
+            was_tight |= error.short_by_bytes == 0
+        else:
+            assert found.estimate.fit.verdict == "fits"
+    assert was_tight
+
+
+def test_what_a_wish_rules_out_is_not_the_nearest():
+    with pytest.raises(DoesNotFitError, match="nearest is qlora") as caught:
+        search(machine(0.5), quant="nf4")
+    assert caught.value.short_by_bytes > 0
+
+
 def test_every_rejected_candidate_says_why():
     with pytest.raises(DoesNotFitError, match=r"nearest is .* short at 2048 tokens"):
         search(machine(0.6))

@@ -93,8 +93,8 @@ def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, e
 def _chunked_bytes(setup: TrainSetup, model: ModelSpec, tokens: int, evaluates: bool) -> LossBytes:
     """bench.loss.ChunkedCrossEntropy: each chunk in the memory of the one before it.
 
-    The logits in the dtype of the product, and widened to float32 where that is narrower; a softcap's derivative
-    and the square that it is made of beside them.
+    The logits in the dtype of the product, and widened to float32 where that is narrower; beside them a softcap's
+    derivative, the square that it is made of, and the derivative of the chunk before.
     """
     compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
     width = compute if compute == FULL_WIDTH else compute + FULL_WIDTH
@@ -102,7 +102,7 @@ def _chunked_bytes(setup: TrainSetup, model: ModelSpec, tokens: int, evaluates: 
     return LossBytes(
         evaluates=evaluates,
         chunk_tokens=min(LOSS_CHUNK_TOKENS, tokens),
-        chunk_width=width + 2 * slope,
+        chunk_width=width + (3 if tokens > LOSS_CHUNK_TOKENS else 2) * slope,
     )
 
 
