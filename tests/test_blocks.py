@@ -171,6 +171,15 @@ class TestKernels:
         chosen = kernels.sdpa_kernel(layer(**changes), width, is_masked=is_masked, has_flash=has_flash)
         assert chosen is kernel
 
+    def test_heads_that_the_model_itself_hands_out(self):
+        """Several groups are copied to every head, and flash takes them; one broadcast head no fused kernel takes."""
+        groups = replace(layer(), hands_over_groups=False)
+        one = replace(groups, num_kv_heads=1)
+        base = recipe(method="full")
+        assert sum(s[2] for s in layer_memory(groups, H, base).saved) == 0
+        assert per_token(groups, base) - per_token(layer(), base) == 2 * 2 * (Q - KV)
+        assert kernels.sdpa_kernel(one, 2, is_masked=False, has_flash=True) is kernels.plain_products
+
     def test_flash_is_linear_in_the_length_and_the_others_square(self):
         def square(recipe):
             memory = layer_memory(layer(), H, recipe)
@@ -183,8 +192,10 @@ class TestKernels:
         assert square(replace(base, attention="eager")) == (4 + 2) * HEADS, (
             "float32 weights and a 16-bit copy"
         )
-        capped = replace(layer(), capped_scores=True)
+        capped = replace(layer(), scores="capped")
         assert sum(s[2] for s in layer_memory(capped, H, replace(base, attention="eager")).saved) == 8 * HEADS
+        sinks = replace(layer(), scores="sinks")
+        assert sum(s[2] for s in layer_memory(sinks, H, replace(base, attention="eager")).saved) == 2 * HEADS
 
     @pytest.mark.parametrize(
         ("kernel", "width", "held"),

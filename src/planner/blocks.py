@@ -9,7 +9,7 @@ evenly loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from planner import kernels
 from planner.pointwise import Norm, activation, cast
@@ -288,6 +288,9 @@ class Block:
     def _kernel(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
         width = self.recipe.compute
         query, key, value = (self.cast(t, width, t.size[1] / t.width) for t in (query, key, value))
+        if not layer.hands_over_groups and layer.num_kv_heads > 1:
+            key, value = kernels.repeated(self.tape, key, value, layer, width)
+            layer = replace(layer, num_kv_heads=layer.num_heads)
         return self._chosen_kernel(layer)(self.tape, query, key, value, layer, width)
 
     def _chosen_kernel(self, layer: LayerSpec) -> kernels.Kernel:

@@ -21,12 +21,16 @@ def sdpa_kernel(layer: LayerSpec, width: int, *, is_masked: bool, has_flash: boo
 
     Flash takes neither masks, nor float32, nor heads above 256, nor cards before Ampere. transformers hands
     grouped heads over as they are where there is no mask (integrations/sdpa_attention.py, use_gqa_in_sdpa), and
-    the memory-efficient kernel takes none: then plain matrix products are left.
+    the memory-efficient kernel takes none: then plain matrix products are left, as for a single head that the
+    model broadcasts.
     """
+    is_grouped = layer.num_kv_heads != layer.num_heads
+    if is_grouped and not layer.hands_over_groups:
+        return plain_products
     fits_flash = layer.head_dim == layer.value_head_dim <= MAX_FLASH_HEAD_DIM and not is_masked
     if fits_flash and width < FULL_WIDTH and has_flash:
         return flash
-    if fits_flash and layer.num_kv_heads != layer.num_heads:
+    if fits_flash and is_grouped:
         return plain_products
     return masked_efficient if is_masked else efficient
 
@@ -47,7 +51,7 @@ def on_cpu(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSp
 
 def efficient(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, width: int) -> Tensor:
     """The memory-efficient kernel; in 16 bits its backward holds a float32 query gradient."""
-    key, value = _repeated(tape, key, value, layer, width)
+    key, value = repeated(tape, key, value, layer, width)
     return _saving_all(tape, (query, key, value), layer, width, _efficient_temp(layer, width))
 
 
@@ -55,7 +59,7 @@ def masked_efficient(
     tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, width: int
 ) -> Tensor:
     """The same with a mask, which becomes an additive one of its own in each layer (attention.cpp)."""
-    key, value = _repeated(tape, key, value, layer, width)
+    key, value = repeated(tape, key, value, layer, width)
     mask = tape.run([], (0.0, 0.0, width), width)
     return _saving_all(tape, (query, key, value, mask), layer, width, _efficient_temp(layer, width))
 
@@ -66,7 +70,7 @@ def plain_products(
     """The math fallback, in float32 whatever the inputs are (attention.cpp, _scaled_dot_product_attention_math)."""
     heads = layer.num_heads
     wide, scores = per_token(FULL_WIDTH * heads * layer.head_dim), _scores(layer, FULL_WIDTH)
-    key, value = _repeated(tape, key, value, layer, FULL_WIDTH)
+    key, value = repeated(tape, key, value, layer, FULL_WIDTH)
     query, key = (tape.run([t], wide, FULL_WIDTH) for t in (query, key))
     weights = tape.run([query, key], scores, FULL_WIDTH, saves=[query, key])
     weights = tape.run([weights], scores, FULL_WIDTH, saves_output=True)
@@ -78,24 +82,33 @@ def plain_products(
 def eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, width: int) -> Tensor:
     """transformers' eager_attention_forward: scores, scale, mask, float32 softmax, product, contiguous copy."""
     scores = _scores(layer, width)
-    key, value = _repeated(tape, key, value, layer, width)
+    key, value = repeated(tape, key, value, layer, width)
     weights = tape.run([query, key], scores, width, saves=[query, key])
     scaled = tape.run([weights], scores, width)
-    if layer.capped_scores:
+    if layer.scores == "capped":
         scaled = tape.run([scaled], scores, width)
         scaled = tape.run([scaled], scores, width, saves_output=True)
         scaled = tape.run([scaled], scores, width)
     masked = tape.run([scaled], scores, width, shares_grad=True)
-    wide = masked if width == FULL_WIDTH else tape.run([masked], _scores(layer, FULL_WIDTH), FULL_WIDTH)
-    weights = tape.run([wide], _scores(layer, FULL_WIDTH), FULL_WIDTH, saves_output=True)
-    if width != FULL_WIDTH:
-        weights = tape.run([weights], scores, width)
+    weights = _softmax(tape, masked, layer, width)
     tape.hold(masked)
     out = per_token(width * layer.num_heads * layer.value_head_dim)
     context = tape.run([weights, value], out, width, saves=[weights, value])
     context = tape.run([context], out, width)
     tape.hold(weights)
     return context
+
+
+def _softmax(tape: Tape, masked: Tensor, layer: LayerSpec, width: int) -> Tensor:
+    """In float32 and narrowed; or in 16 bits over a copy with the sinks, shifted by the largest score."""
+    if layer.scores == "sinks":
+        joined = tape.run([masked], masked.size, width)
+        shifted = tape.run([joined], masked.size, width, shares_grad=True)
+        return tape.run([shifted], masked.size, width, saves_output=True)
+    full = _scores(layer, FULL_WIDTH)
+    wide = masked if width == FULL_WIDTH else tape.run([masked], full, FULL_WIDTH)
+    weights = tape.run([wide], full, FULL_WIDTH, saves_output=True)
+    return weights if width == FULL_WIDTH else tape.run([weights], _scores(layer, width), width)
 
 
 def _scores(layer: LayerSpec, width: int) -> Size:
@@ -115,7 +128,7 @@ def _saving_all(
     return tape.run(inputs, out, width, saves=inputs, saves_output=True, grad_temp=grad_temp)
 
 
-def _repeated(tape: Tape, key: Tensor, value: Tensor, layer: LayerSpec, width: int) -> tuple[Tensor, Tensor]:
+def repeated(tape: Tape, key: Tensor, value: Tensor, layer: LayerSpec, width: int) -> tuple[Tensor, Tensor]:
     """Grouped heads copied out to as many as the queries have."""
     if layer.num_kv_heads == layer.num_heads:
         return key, value

@@ -118,13 +118,25 @@ def activation(tape: Tape, x: Tensor, num_elements: float, name: str, *, autocas
     size = per_token(x.width * num_elements)
     if name in _SAVE_OUTPUT:
         return tape.run([x], size, x.width, saves_output=True)
+    if name == CLAMPED_SILU:
+        return _clamped_silu(tape, x, size)
     if name in _COMPOSED_GELU:
         return _composed_gelu(tape, x, num_elements, FULL_WIDTH if autocast else x.width)
     return tape.run([x], size, x.width, saves=[x])
 
 
+CLAMPED_SILU = "clamped-silu"
+"""Gpt-oss': the name is finefit's own, since its config.json says silu."""
 _SAVE_OUTPUT = ("relu", "tanh", "sigmoid")
 _COMPOSED_GELU = ("gelu_new", "gelu_fast")
+
+
+def _clamped_silu(tape: Tape, x: Tensor, size: Size) -> Tensor:
+    """Clamped, then multiplied by the sigmoid of its multiple, a tensor for each step."""
+    clamped = tape.run([x], size, x.width, saves=[x])
+    scaled = tape.run([clamped], size, x.width)
+    sigmoid = tape.run([scaled], size, x.width, saves_output=True)
+    return tape.run([clamped, sigmoid], size, x.width, saves=[clamped, sigmoid])
 
 
 def _composed_gelu(tape: Tape, x: Tensor, num_elements: float, width: int) -> Tensor:

@@ -49,10 +49,14 @@ class LayerSpec:
     `norm_params` counts the elements that are neither a matrix nor a bias (norm weights, gates, sinks …).
     `mixer`: "softmax" (incl. multi-head latent attention, whose matrices say so), "linear" (a recurrent or
     state-space mixer) or "none". `qk_norm`: "none", "head" (one weight per element of a head) or "full" (over
-    all heads); `capped_scores`: attention scores go through a tanh. `wiring`: where the norms on the residual stream are, `num_norms` of them: "pre" before attention and
-    feed-forward part, "reordered" after each before it is added, "sandwich" both, "parallel" before both parts, which read the
-    same stream. `norm`: "rmsnorm", "layernorm", either "-wide" (narrowed to 16 bits after the weight, not before) or "-plain"
-    (without a weight). `activation`: its name in transformers. `side` is "encoder" or "decoder". `window` is the sliding window in tokens, None for full attention.
+    all heads). `scores`: "plain", "capped" by a tanh, or with "sinks" (a logit that no token owns, and a softmax in
+    16 bits). `hands_over_groups`: grouped heads reach the attention kernel as they are; False where the model copies
+    them out, or broadcasts a single one, itself.
+    `wiring`: where the norms on the residual stream are, `num_norms` of them: "pre" before attention and feed-forward
+    part, "reordered" after each before it is added, "sandwich" both, "parallel" before both parts, which read the
+    same stream. `norm`: "rmsnorm", "layernorm", either "-wide" (narrowed to 16 bits after the weight, not before)
+    or "-plain" (without a weight). `activation`: its name in transformers.
+    `side` is "encoder" or "decoder". `window` is the sliding window in tokens, None for full attention.
     """
 
     count: int
@@ -66,7 +70,8 @@ class LayerSpec:
     window: int | None = None
     causal: bool = True
     qk_norm: str = "none"
-    capped_scores: bool = False
+    scores: str = "plain"
+    hands_over_groups: bool = True
     norm: str = "rmsnorm"
     num_norms: int = 2
     wiring: str = "pre"
