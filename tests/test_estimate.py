@@ -43,7 +43,7 @@ def needing(allocated, fragmentation=0, context=0):
 
 
 def judged(allocated, usable, fragmentation=0, context=0, num_gpus=1):
-    return judge(needing(allocated, fragmentation, context), Machine(gpu=RTX_4090), usable, num_gpus)
+    return judge(needing(allocated, fragmentation, context), usable, num_gpus)
 
 
 class TestJudge:

@@ -16,12 +16,10 @@ from torch import nn
 
 from bench.build import trained_parameters
 from planner.errors import FinefitError, MissingExtraError
-from planner.methods import find_method
+from planner.methods import peak_learning_rate
 from planner.optimizers import find_optimizer
+from planner.recipes import WARMUP_SHARE
 from planner.setup import TrainSetup
-
-WARMUP_FRACTION = 0.03
-"""Share of the run that warms up where the setup names no number of steps (QLoRA's and Alpaca's recipes)."""
 
 
 class Steppable(Protocol):
@@ -73,11 +71,6 @@ def plain_optimizer(setup: TrainSetup, parameters: Iterable[nn.Parameter]) -> An
     if not setup.weight_decay:
         groups = [{"params": parameters, "weight_decay": 0.0}]
     return factory([g for g in groups if g["params"]], lr=peak_learning_rate(setup), **entry.kwargs)
-
-
-def peak_learning_rate(setup: TrainSetup) -> float:
-    """The setup's learning rate, else its method's default."""
-    return setup.learning_rate if setup.learning_rate is not None else find_method(setup.method).learning_rate
 
 
 class MasterWeights:
@@ -191,7 +184,7 @@ def build_schedule(setup: TrainSetup, num_steps: int) -> Schedule:
     """The setup's schedule for a run of `num_steps` optimizer steps."""
     warmup = setup.warmup_steps
     if warmup is None:
-        warmup = math.ceil(WARMUP_FRACTION * num_steps)
+        warmup = math.ceil(WARMUP_SHARE * num_steps)
     return Schedule(
         peak=peak_learning_rate(setup), num_steps=num_steps, warmup_steps=warmup, shape=setup.schedule
     )

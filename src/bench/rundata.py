@@ -69,14 +69,9 @@ def load_run_data(setup: TrainSetup, tokenizer: Any) -> RunData:
     return run_data(setup, tokenized.examples, pad_id=tokenizer.pad_token_id, facts=_plain(tokenized.facts))
 
 
-def run_data(
-    setup: TrainSetup, examples: Sequence[Example], *, pad_id: int, facts: Mapping[str, Any] | None = None
-) -> RunData:
-    """RunData of examples that are tokenised already."""
-    train, held_out = split(examples, setup.eval_fraction, setup.seed)
-    if not train:
-        raise DataError(str(setup.data), "no example is left to train on after the split")
-    batches = BatchPlan.of(
+def plan_batches(setup: TrainSetup, train: Sequence[Example]) -> BatchPlan:
+    """The order and the batches in which the setup trains on the examples."""
+    return BatchPlan.of(
         train,
         seq_len=setup.seq_len,
         packing=setup.packing,
@@ -84,11 +79,20 @@ def run_data(
         grad_accum_steps=setup.grad_accum_steps,
         seed=setup.seed,
     )
+
+
+def run_data(
+    setup: TrainSetup, examples: Sequence[Example], *, pad_id: int, facts: Mapping[str, Any] | None = None
+) -> RunData:
+    """RunData of examples that are tokenised already."""
+    train, held_out = split(examples, setup.eval_fraction, setup.seed)
+    if not train:
+        raise DataError(str(setup.data), "no example is left to train on after the split")
     return RunData(
         setup=setup,
         train=train,
         held_out=held_out,
-        batches=batches,
+        batches=plan_batches(setup, train),
         sha256=_fingerprint(examples),
         pad_id=pad_id,
         facts=facts or {},

@@ -18,9 +18,8 @@ RANDOM_STEPS = 3
 
 def random_data(setup: TrainSetup, model: Any) -> RunData:
     """Rows of `seq_len` random tokens of the model's vocabulary that all train: the worst case of any data."""
-    from bench.batching import BatchPlan
     from bench.build import inner_model
-    from bench.rundata import RunData
+    from bench.rundata import RunData, plan_batches
 
     generator = np.random.default_rng(setup.seed)
     vocab_size = inner_model(model).get_input_embeddings().weight.shape[0]
@@ -31,14 +30,7 @@ def random_data(setup: TrainSetup, model: Any) -> RunData:
         setup=setup,
         train=train,
         held_out=[_random_row(generator, setup.seq_len, vocab_size, -n) for n in range(1, num_held_out + 1)],
-        batches=BatchPlan.of(
-            train,
-            seq_len=setup.seq_len,
-            packing=setup.packing,
-            micro_batch_size=setup.micro_batch_size,
-            grad_accum_steps=setup.grad_accum_steps,
-            seed=setup.seed,
-        ),
+        batches=plan_batches(setup, train),
         sha256="random",
         pad_id=0,
         facts={},

@@ -11,6 +11,7 @@ from typing import Any
 
 from planner.catalog import parse_gpu
 from planner.estimate import estimate as _estimate
+from planner.recipes import recipe, shared_by
 from planner.results import Estimate, Plan
 from planner.search import DataLengths
 from planner.search import plan as _plan
@@ -25,7 +26,7 @@ def estimate(model: str | Mapping[str, Any], *, gpu: str, **fields: Any) -> Esti
     setup that doesn't fit is an answer with the verdict does-not-fit.
     """
     machine = _machine(gpu)
-    return _estimate(TrainSetup(model=model, **_with_gpus(fields, machine)), machine)
+    return _estimate(TrainSetup(**{"model": model, **shared_by(machine.num_gpus), **fields}), machine)
 
 
 def plan(
@@ -48,10 +49,8 @@ def fits(gpu: str, *, models: list[str], methods: list[str], **fields: Any) -> l
 
     Raises as `estimate`.
     """
-    from planner.recipes import recipe
-
     machine = _machine(gpu)
-    common = _with_gpus({"checkpointing": "full", **fields}, machine)
+    common = {"checkpointing": "full", **shared_by(machine.num_gpus), **fields}
     return [
         _estimate(TrainSetup(**{"model": model, **recipe(method, machine.gpu), **common}), machine)
         for model in models
@@ -62,9 +61,3 @@ def fits(gpu: str, *, models: list[str], methods: list[str], **fields: Any) -> l
 def _machine(gpu: str) -> Machine:
     profile, count = parse_gpu(gpu)
     return Machine(gpu=profile, num_gpus=count)
-
-
-def _with_gpus(fields: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
-    if machine.num_gpus == 1:
-        return dict(fields)
-    return {"num_gpus": machine.num_gpus, "sharding": "fsdp", **fields}

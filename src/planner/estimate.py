@@ -55,7 +55,7 @@ class Estimator:
     def verdict(self, micro_batch_size: int, seq_len: int) -> str:
         """Whether another batch shape fits."""
         memory = self.memory(micro_batch_size, seq_len)
-        return judge(memory, self.machine, self.usable_bytes, self.setup.num_gpus).verdict
+        return judge(memory, self.usable_bytes, self.setup.num_gpus).verdict
 
     def at(self, micro_batch_size: int, seq_len: int) -> Estimate:
         """The whole answer for another batch shape."""
@@ -67,7 +67,7 @@ class Estimator:
             setup=setup,
             gpu=self.machine.label,
             memory=memory,
-            fit=judge(memory, self.machine, self.usable_bytes, setup.num_gpus),
+            fit=judge(memory, self.usable_bytes, setup.num_gpus),
             time=step_time(setup, self.model, self.machine.gpu),
             assumptions=tuple(self._assumptions()),
             not_modelled=tuple(self._not_modelled()),

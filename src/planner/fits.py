@@ -9,7 +9,7 @@ from typing import Any
 from planner.errors import NotModelledError, SetupError, UsageError
 from planner.estimate import Estimator, precision_recipe, usable_memory
 from planner.methods import find_method
-from planner.recipes import recipe
+from planner.recipes import recipe, shared_by
 from planner.resolve import resolve_model
 from planner.results import SCHEMA_VERSION, Estimate
 from planner.setup import TrainSetup
@@ -42,8 +42,6 @@ MAX_SEQ_LEN = 131_072
 """Where a model names no limit of its own."""
 MAX_MICRO_BATCH = 512
 """The largest micro-batch that is tried: far beyond what fills a GPU."""
-SHARDING = "fsdp"
-"""How several GPUs share a setup where nothing is asked for: it splits weights, gradients and states."""
 OBJECTIVES: Mapping[str, str] = {"decoder": "sft", "encoder": "mlm", "encoder-decoder": "seq2seq"}
 """What a model is trained for where nothing is asked for, by its architecture."""
 
@@ -150,7 +148,7 @@ def table_setup(
         "objective": OBJECTIVES[model.architecture],
         "seq_len": SEQ_LEN,
         **recipe(method, machine.gpu),
-        **({"sharding": SHARDING} if machine.num_gpus > 1 else {}),
+        **shared_by(machine.num_gpus),
         **fields,
         "method": method,
         "num_gpus": machine.num_gpus,

@@ -158,7 +158,7 @@ class _Search:
             machine = Machine(gpu=gpu, num_gpus=count)
             setup = table_setup(self.name, self.model, self.method, machine, self.fields)
             memory = self._peak(setup, machine)
-            fit = judge(memory, machine, usable_memory(machine)[0], count)
+            fit = judge(memory, usable_memory(machine)[0], count)
             if fit.verdict == "fits":
                 return NeedsRow(setup=setup, machine=machine, memory=memory, fit=fit)
         return None

@@ -134,9 +134,13 @@ class Run:
 
     def gradients_per_rank(self) -> float:
         """All gradients that one rank holds after a backward."""
-        how = self.strategy
-        share = self._ranks if how.shards_gradients or how.splits_layers else 1
+        share = self._ranks if self.strategy.splits_layers else self.gradient_ranks
         return self.inventory.gradients_bytes / share
+
+    @property
+    def gradient_ranks(self) -> int:
+        """Ranks among which one gradient is split."""
+        return self._ranks if self.strategy.shards_gradients else 1
 
 
 class Step:
@@ -229,15 +233,14 @@ class Step:
         if self.run.setup.loss == "full":
             head = self.run.head(self.tokens, ends_at_logits=True)
             logits = self._plus(self.stored, head.forward.at(self.tokens, self.seq_len))
-        return max(self._last_layer(memory), logits, key=lambda terms: sum(terms.values()))
+        return _highest([self._last_layer(memory), logits])
 
     def _last_layer(self, memory: BlockMemory) -> dict[str, float]:
         if self.is_checkpointed:
             return self._plus(self.stored, memory.no_grad.at(self.tokens, self.seq_len))
-        saved = {
-            n: -evaluate(s, self.tokens, self.seq_len) for n, s in zip(CATEGORIES, memory.saved, strict=True)
-        }
-        return self._plus(self.stored, saved, memory.forward.at(self.tokens, self.seq_len))
+        return self._plus(
+            self.stored, self._without_own(memory), memory.forward.at(self.tokens, self.seq_len)
+        )
 
     def _loss(self) -> dict[str, float]:
         return self._plus(self.stored, self.run.head(self.tokens).forward.at(self.tokens, self.seq_len))
@@ -254,20 +257,18 @@ class Step:
             peaks = block.memory.recompute if self.is_checkpointed else block.memory.backward
             peak = self._shard_grads(peaks.at(self.tokens, self.seq_len))
             candidates.append(
-                self._plus(self.stored, copies, self._without_own(block), peak, self._head_grads())
+                self._plus(self.stored, copies, self._without_own(block.memory), peak, self._head_grads())
             )
             candidates.append(self._plus(self._only_first(block), peak, self._late_grads(block)))
         candidates.append(self._embedding_backward())
-        return max(candidates, key=lambda terms: sum(terms.values()))
+        return _highest(candidates)
 
-    def _without_own(self, block: _LayerKind) -> dict[str, float]:
+    def _without_own(self, memory: BlockMemory) -> dict[str, float]:
         """A peak of a layer that isn't recomputed counts what it saved itself; take it out of the stored."""
         if self.is_checkpointed:
             return {}
-        return {
-            n: -evaluate(s, self.tokens, self.seq_len)
-            for n, s in zip(CATEGORIES, block.memory.saved, strict=True)
-        }
+        sizes = zip(CATEGORIES, memory.saved, strict=True)
+        return {name: -evaluate(size, self.tokens, self.seq_len) for name, size in sizes}
 
     def _only_first(self, block: _LayerKind) -> dict[str, float]:
         kept = self.is_checkpointed or block.memory.saves_input
@@ -277,13 +278,10 @@ class Step:
         }
 
     def _shard_grads(self, peak: dict[str, float]) -> dict[str, float]:
-        """Gradients that were made within a block: freed at once under an optimizer in the backward."""
-        if self.run.setup.optimizer_in_backward:
-            largest = self.run.inventory.largest_trained_bytes
-            return {**peak, "gradients": min(peak["gradients"], largest)}
-        if self.held_grads:
-            return {**peak, "gradients": min(peak["gradients"], self.run.inventory.largest_trained_bytes)}
-        return peak
+        """Gradients made within a block: one at a time where each is used, or added to a held one, at once."""
+        if not (self.run.setup.optimizer_in_backward or self.held_grads):
+            return peak
+        return {**peak, "gradients": min(peak["gradients"], self.run.inventory.largest_trained_bytes)}
 
     def _head_grads(self) -> dict[str, float]:
         """Gradients of head and final norm, made before the first layer's backward."""
@@ -292,8 +290,7 @@ class Step:
         run = self.run
         if not run.recipe.trains_base or run.model.head is None:
             return {}
-        share = run.setup.num_gpus if run.strategy.shards_gradients else 1
-        return {"gradients": run.model.head.num_weights * run.recipe.weight / share}
+        return {"gradients": run.model.head.num_weights * run.recipe.weight / run.gradient_ranks}
 
     def _late_grads(self, block: _LayerKind) -> dict[str, float]:
         """All gradients but those that the first layer and the embedding are about to make."""
@@ -302,8 +299,7 @@ class Step:
         if self.held_grads:
             return {"gradients": self.held_grads}
         embedding = 0 if self.run.model.tied_head else self._embedding_bytes()
-        share = self.run.setup.num_gpus if self.run.strategy.shards_gradients else 1
-        own = block.memory.weight_gradients[0] / share
+        own = block.memory.weight_gradients[0] / self.run.gradient_ranks
         return {"gradients": max(0.0, self.all_grads - own - embedding)}
 
     def _embedding_bytes(self) -> float:
@@ -336,4 +332,9 @@ class Step:
         peaks = [self._plus(copies, head.at(tokens, self.seq_len))]
         for block in self.blocks:
             peaks.append(self._plus(copies, held, block.memory.no_grad.at(tokens, self.seq_len)))
-        return max(peaks, key=lambda terms: sum(terms.values()))
+        return _highest(peaks)
+
+
+def _highest(candidates: list[dict[str, float]]) -> dict[str, float]:
+    """The candidate with the largest sum."""
+    return max(candidates, key=lambda terms: sum(terms.values()))

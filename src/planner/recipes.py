@@ -9,6 +9,13 @@ from planner.specs import GpuProfile
 
 WARMUP_SHARE = 0.03
 """Share of a run's steps with a rising learning rate (QLoRA paper, appendix B)."""
+SHARDING = "fsdp"
+"""How several GPUs share a setup where nothing is asked for: it splits weights, gradients and states."""
+
+
+def shared_by(num_gpus: int) -> dict[str, Any]:
+    """TrainSetup fields for that many GPUs."""
+    return {} if num_gpus == 1 else {"num_gpus": num_gpus, "sharding": SHARDING}
 
 
 def recipe(method: str, gpu: GpuProfile) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from planner.errors import DoesNotFitError, SetupError
 from planner.estimate import Estimator, resolve
 from planner.methods import find_method
-from planner.recipes import precise_recipe, recipe
+from planner.recipes import precise_recipe, recipe, shared_by
 from planner.results import Estimate, Plan, Rejected
 from planner.setup import TrainSetup
 from planner.specs import Machine, ModelSpec
@@ -191,7 +191,7 @@ def _choices(method: str, machine: Machine) -> Iterator[dict[str, Any]]:
     """What the search would choose by itself, in the order of preference."""
     choices = itertools.product(_recipes(method, machine), ("none", "full"), ("full", "chunked"))
     for recipe_fields, checkpointing, loss in choices:
-        yield {**recipe_fields, "checkpointing": checkpointing, "loss": loss, **_sharding(machine)}
+        yield {**recipe_fields, "checkpointing": checkpointing, "loss": loss, **shared_by(machine.num_gpus)}
 
 
 _VARIED = ("weights_dtype", "autocast", "optimizer", "checkpointing", "loss")
@@ -220,12 +220,6 @@ def _recipes(method: str, machine: Machine) -> list[dict[str, Any]]:
     if machine.gpu.bitsandbytes and machine.gpu.backend != "cpu" and machine.num_gpus == 1:
         recipes += [{**small, **fields} for fields in FRUGAL_OPTIMIZERS]
     return recipes
-
-
-def _sharding(machine: Machine) -> dict[str, Any]:
-    if machine.num_gpus == 1:
-        return {}
-    return {"num_gpus": machine.num_gpus, "sharding": "fsdp"}
 
 
 def _label(fields: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 from planner.results import Fit, Memory
-from planner.specs import Machine
 
 FITS_BELOW = 0.02
 FAILS_FROM = 0.50
@@ -23,7 +22,7 @@ _NODES = 9
 """Points at which the share of fragmentation is averaged."""
 
 
-def judge(memory: Memory, machine: Machine, usable_bytes: int, num_gpus: int) -> Fit:
+def judge(memory: Memory, usable_bytes: int, num_gpus: int) -> Fit:
     """The verdict for a peak on a card that can give `usable_bytes` to torch, the context not yet taken off.
 
     Under pressure the allocator gives cached blocks back, so the run needs between allocated and reserved;

@@ -52,7 +52,7 @@ def trace_estimate(setup: TrainSetup, machine: Machine, *, all_layers: bool = Fa
     return replace(
         answer,
         memory=memory,
-        fit=judge(memory, machine, usable_bytes, setup.num_gpus),
+        fit=judge(memory, usable_bytes, setup.num_gpus),
         assumptions=(*answer.assumptions, _how(traced)),
         not_modelled=(_fragmentation_note(traced),) if on_gpu else (),
         source="trace",

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from planner.errors import SetupError
-from planner.methods import find_method
+from planner.methods import peak_learning_rate
 from planner.setup import TrainSetup
 
 SUMMARY = "ds_config.json for DeepSpeed's ZeRO stages, with offload"
@@ -97,7 +97,7 @@ def _optimizer(setup: TrainSetup) -> dict[str, Any]:
     if setup.optimizer not in ADAMW:
         return {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     params: dict[str, Any] = {
-        "lr": setup.learning_rate or find_method(setup.method).learning_rate,
+        "lr": peak_learning_rate(setup),
         "betas": [0.9, 0.999],
         "eps": 1e-8,
         "weight_decay": setup.weight_decay,

@@ -12,8 +12,9 @@ from typing import Any
 from planner.errors import FinefitError, SetupError, UnknownNameError
 from planner.export import _trl_script as script
 from planner.export import accelerate, by_reason, deepspeed
-from planner.methods import PeftCall, find_method
+from planner.methods import PeftCall, find_method, peak_learning_rate
 from planner.optimizers import find_optimizer
+from planner.recipes import WARMUP_SHARE
 from planner.resolve import resolve_model
 from planner.setup import TrainSetup
 
@@ -24,9 +25,6 @@ ATTENTION = {"sdpa": "sdpa", "flash": "flash_attention_2", "eager": "eager"}
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Our schedule -> Trainer's lr_scheduler_type; its `constant` would ignore the warm-up."""
-
-WARMUP_SHARE = 0.03
-"""Share of the run where no number of steps is given: Trainer takes a value below 1 as a share."""
 
 QUANTISATIONS: dict[str, dict[str, Any]] = {
     "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -120,8 +118,9 @@ def _batches(setup: TrainSetup) -> dict[str, Any]:
 
 def _schedule(setup: TrainSetup) -> dict[str, Any]:
     return {
-        "learning_rate": setup.learning_rate or find_method(setup.method).learning_rate,
+        "learning_rate": peak_learning_rate(setup),
         "lr_scheduler_type": SCHEDULES[setup.schedule],
+        # Trainer takes a value below 1 as a share of the run.
         "warmup_steps": WARMUP_SHARE if setup.warmup_steps is None else setup.warmup_steps,
         "num_train_epochs": setup.epochs,
         "max_steps": setup.max_steps or -1,

@@ -56,3 +56,8 @@ def find_method(name: str) -> Method:
         found: Method = importlib.import_module(f"planner.methods.{module}").METHOD
         return found
     raise UnknownNameError("method", name, methods())
+
+
+def peak_learning_rate(setup: TrainSetup) -> float:
+    """The setup's learning rate, else its method's default."""
+    return setup.learning_rate if setup.learning_rate is not None else find_method(setup.method).learning_rate
