@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from planner.cases import Answer
 from planner.catalog import find_gpu
 from planner.errors import FinefitError
 from planner.estimate import estimate
@@ -85,12 +86,12 @@ class Outcomes:
     tight: int
 
 
-def compare(cases: Iterable[Mapping[str, Any]]) -> list[Compared]:
-    """Every case in order; one that can't be predicted says why in `problem`."""
-    return [_compare(case) for case in cases]
+def compare(cases: Iterable[Mapping[str, Any]], predict: Answer = estimate) -> list[Compared]:
+    """Every case in order, by the closed form or another predictor; one that can't be predicted says why."""
+    return [_compare(case, predict) for case in cases]
 
 
-def _compare(case: Mapping[str, Any]) -> Compared:
+def _compare(case: Mapping[str, Any], predict: Answer) -> Compared:
     measured = case.get("measured", {})
     unknown = Compared(
         id=str(case.get("id")),
@@ -100,8 +101,8 @@ def _compare(case: Mapping[str, Any]) -> Compared:
     )
     corrections = case.get("corrected") or {}
     try:
-        labelled = _estimate(case, {})
-        corrected = _estimate(case, corrections) if corrections else labelled
+        labelled = _estimate(case, {}, predict)
+        corrected = _estimate(case, corrections, predict) if corrections else labelled
     except FinefitError as error:
         return replace(unknown, problem=str(error))
     return replace(
@@ -112,10 +113,10 @@ def _compare(case: Mapping[str, Any]) -> Compared:
     )
 
 
-def _estimate(case: Mapping[str, Any], corrections: Mapping[str, Any]) -> Estimate:
+def _estimate(case: Mapping[str, Any], corrections: Mapping[str, Any], predict: Answer) -> Estimate:
     setup = TrainSetup.from_dict({"stack": case.get("stack"), **case["setup"], **corrections})
     machine = Machine(gpu=find_gpu(case["gpu"]), num_gpus=setup.num_gpus)
-    return estimate(setup, machine)
+    return predict(setup, machine)
 
 
 def _group(case: Mapping[str, Any]) -> Group:
