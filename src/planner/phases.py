@@ -12,7 +12,7 @@ from planner.layers import target_matrices
 from planner.lowering import block_recipe, keeps_embeddings, loss_bytes
 from planner.results import ALLOCATED_TERMS
 from planner.setup import TrainSetup
-from planner.sharding import STRATEGIES
+from planner.sharding import STRATEGIES, Buffers, Exchanged
 from planner.specs import LayerSpec, ModelSpec
 from planner.stack import parse_stack
 from planner.tape import CATEGORIES, BlockMemory, evaluate
@@ -51,6 +51,7 @@ class Run:
         self._built_heads: dict[LossBytes, BlockMemory] = {}
         self._ranks = setup.num_gpus
         self._workspace = workspace_bytes
+        self.buffers = self._exchange()
 
     def blocks(self, seq_len: int) -> list[_LayerKind]:
         """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
@@ -119,18 +120,23 @@ class Run:
             states = 0.0
         terms = dict.fromkeys(ALLOCATED_TERMS, 0.0)
         terms |= {"weights": base, "adapters": adapters, "optimizer": states}
-        terms["workspace"] = self._workspace
+        terms["workspace"] = self._workspace + self.buffers.always
         return terms
 
-    def communication_bytes(self) -> float:
-        """Gathered weights and buckets that exist through forward and backward, not in the optimizer's step."""
-        inv, how = self.inventory, self.strategy
+    def _exchange(self) -> Buffers:
+        inv = self.inventory
         if self._ranks == 1:
-            return 0.0
-        gathered = how.gathered_groups * inv.largest_layer_bytes
-        gathered += inv.root_bytes if how.gathered_groups else 0
-        bucket = min(how.bucket_elements, inv.trained_params) * DTYPE_BYTES[self.setup.weights_dtype]
-        return gathered + bucket + how.gradient_copies * inv.gradients_bytes
+            return Buffers()
+        return self.strategy.buffers(
+            Exchanged(
+                ranks=self._ranks,
+                layer_bytes=inv.largest_layer_bytes,
+                root_bytes=inv.root_bytes,
+                gradients_bytes=inv.gradients_bytes,
+                trained_params=inv.trained_params,
+                weight_width=DTYPE_BYTES[self.setup.weights_dtype],
+            )
+        )
 
     def gradients_per_rank(self) -> float:
         """All gradients that one rank holds after a backward."""
@@ -198,7 +204,7 @@ class Step:
                     kept[name] += count * evaluate(size, self.tokens, self.seq_len)
         kept["activations"] += self.stream if self.run.keeps_embeddings else 0.0
         kept["activations"] += self._escaped() if self.is_checkpointed else 0.0
-        kept["workspace"] += self._stored_copies() + self.run.communication_bytes()
+        kept["workspace"] += self._stored_copies()
         return kept
 
     def _escaped(self) -> float:
@@ -229,35 +235,39 @@ class Step:
     def _forward(self) -> dict[str, float]:
         """The last layer at work, or the head making its logits."""
         memory = self.blocks[-1].memory
-        logits = self._plus(self.stored)
+        exchange = {"workspace": self.run.buffers.loss}
+        logits = self._plus(self.stored, exchange)
         if self.run.setup.loss == "full":
             head = self.run.head(self.tokens, ends_at_logits=True)
-            logits = self._plus(self.stored, head.forward.at(self.tokens, self.seq_len))
+            logits = self._plus(self.stored, exchange, head.forward.at(self.tokens, self.seq_len))
         return _highest([self._last_layer(memory), logits])
 
     def _last_layer(self, memory: BlockMemory) -> dict[str, float]:
+        exchange = {"workspace": self.run.buffers.forward}
         if self.is_checkpointed:
-            return self._plus(self.stored, memory.no_grad.at(self.tokens, self.seq_len))
-        return self._plus(
-            self.stored, self._without_own(memory), memory.forward.at(self.tokens, self.seq_len)
-        )
+            return self._plus(self.stored, exchange, memory.no_grad.at(self.tokens, self.seq_len))
+        own = memory.forward.at(self.tokens, self.seq_len)
+        return self._plus(self.stored, exchange, self._without_own(memory), own)
 
     def _loss(self) -> dict[str, float]:
-        return self._plus(self.stored, self.run.head(self.tokens).forward.at(self.tokens, self.seq_len))
+        head = self.run.head(self.tokens).forward.at(self.tokens, self.seq_len)
+        return self._plus(self.stored, {"workspace": self.run.buffers.loss}, head)
 
     def _backward(self) -> dict[str, float]:
         """The largest of: the loss' own backward, and each kind of layer as the last and as the first one.
 
         In between, stored activations shrink and gradients grow linearly, so the maximum is at an end.
         """
-        copies = {"workspace": -self._freed_copies()}
+        buffers = self.run.buffers
+        at_head = {"workspace": buffers.head_backward - self._freed_copies()}
+        at_layer = {"workspace": buffers.layer_backward - self._freed_copies()}
         head = self._shard_grads(self.run.head(self.tokens).backward.at(self.tokens, self.seq_len))
-        candidates = [self._plus(self.stored, copies, head)]
+        candidates = [self._plus(self.stored, at_head, head)]
         for block in self.blocks:
             peaks = block.memory.recompute if self.is_checkpointed else block.memory.backward
             peak = self._shard_grads(peaks.at(self.tokens, self.seq_len))
             candidates.append(
-                self._plus(self.stored, copies, self._without_own(block.memory), peak, self._head_grads())
+                self._plus(self.stored, at_layer, self._without_own(block.memory), peak, self._head_grads())
             )
             candidates.append(self._plus(self._only_first(block), peak, self._late_grads(block)))
         candidates.append(self._embedding_backward())
@@ -274,7 +284,7 @@ class Step:
         kept = self.is_checkpointed or block.memory.saves_input
         return {
             "activations": self.mask + self._escaped() + (self.stream if kept else 0.0),
-            "workspace": self.run.communication_bytes(),
+            "workspace": self.run.buffers.layer_backward,
         }
 
     def _shard_grads(self, peak: dict[str, float]) -> dict[str, float]:
@@ -312,21 +322,24 @@ class Step:
         """The embedding's dense gradient beside all others; with a tied head it is added to the head's."""
         second = self._embedding_bytes() if self.run.model.tied_head or self.held_grads else 0.0
         grads = self.all_grads or self._embedding_bytes()
-        return self._plus({"gradients": grads + second, "activations": float(self.stream)})
+        exchange = {"workspace": self.run.buffers.embedding_backward}
+        return self._plus({"gradients": grads + second, "activations": float(self.stream)}, exchange)
 
     def _optimizer(self) -> dict[str, float]:
         inventory = self.run.inventory
         share = self.run.setup.num_gpus if self.run.strategy.shards_optimizer else 1
         step = 0.0 if self.run.setup.offload != "none" else inventory.step_bytes / share
         grads = self.all_grads or inventory.largest_trained_bytes
-        return self._plus({"gradients": grads, "optimizer": step, "activations": -self.base["activations"]})
+        exchange = {"workspace": self.run.buffers.optimizer}
+        own = {"gradients": grads, "optimizer": step, "activations": -self.base["activations"]}
+        return self._plus(own, exchange)
 
     def _eval(self) -> dict[str, float]:
         """The head, or a layer beside its input and the embeddings' output, which the model's forward holds."""
         setup, run = self.run.setup, self.run
         rows = setup.eval_batch_size or setup.micro_batch_size
         tokens = round(self.tokens * rows / setup.micro_batch_size)
-        copies = {"workspace": self._autocast_copies(with_head=setup.loss == "full")}
+        copies = {"workspace": self._autocast_copies(with_head=setup.loss == "full") + run.buffers.eval}
         held = {"activations": 2.0 * self.stream * rows / setup.micro_batch_size}
         head = run.head(tokens, evaluates=True).no_grad
         peaks = [self._plus(copies, head.at(tokens, self.seq_len))]

@@ -1,25 +1,61 @@
-"""Sharding strategies: one entry each; what a rank holds of weights, gradients and optimizer states, and which buffers it adds.
+"""Sharding strategies: one entry each; what a rank holds of weights, gradients and optimizer states, and what the
+exchange between ranks keeps beside them, moment by moment.
 
-Sources: torch.distributed.fsdp (_fully_shard), torch.nn.parallel.DistributedDataParallel, DeepSpeed's ZeRO
-configuration defaults (reduce and all-gather buckets of 5e8 elements, parameters below 1e5 elements kept whole).
+A strategy's `buffers` is a function from what is exchanged (`Exchanged`) to what of it is alive when (`Buffers`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 ZERO_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's reduce and all-gather buckets (runtime/zero/config.py), written into the exported files."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exchanged:
+    """What ranks exchange, in bytes of whole tensors (all ranks' shares together).
+
+    `layer_bytes`: the weights of the largest layer; `root_bytes`: all weights outside the layers;
+    `gradients_bytes`: all gradients, in the dtype of what trains; `weight_width`: bytes per element of the weights.
+    """
+
+    ranks: int
+    layer_bytes: int
+    root_bytes: int
+    gradients_bytes: int
+    trained_params: int
+    weight_width: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Buffers:
+    """Bytes per rank that the exchange holds beside the step's own tensors, at each moment of a step.
+
+    `always`: from before the first step to the end, in every phase. The others are held while it lasts: `forward` of
+    a layer, `loss` (the head's forward too), `head_backward`, `layer_backward`; `embedding_backward`, after all
+    layers; `optimizer` step; `eval`, a layer's or the head's forward without gradients.
+    """
+
+    always: float = 0.0
+    forward: float = 0.0
+    loss: float = 0.0
+    head_backward: float = 0.0
+    layer_backward: float = 0.0
+    embedding_backward: float = 0.0
+    optimizer: float = 0.0
+    eval: float = 0.0
+
+
+def _no_buffers(exchanged: Exchanged) -> Buffers:
+    return Buffers()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strategy:
-    """Which of the training state is split over the ranks.
+    """Which of the training state is split over the ranks, and what their exchange holds.
 
-    `gathered_groups`: copies of one layer's whole parameters alive at once (the layer at work, the next one's
-    prefetched buffer, and the flat buffer that is being copied out); the root group, which holds everything
-    outside the layers, stays gathered beside them.
-    `gradient_copies`: whole copies of the gradients beside them (DDP's reduce buckets).
-    `bucket_elements`: size of a communication bucket, bounded by what there is to communicate.
     `splits_layers`: layers are divided over the cards, one after the other (naive pipeline).
     """
 
@@ -28,30 +64,54 @@ class Strategy:
     shards_weights: bool = False
     shards_gradients: bool = False
     shards_optimizer: bool = False
-    gathered_groups: float = 0.0
-    gradient_copies: float = 0.0
-    bucket_elements: int = 0
     splits_layers: bool = False
     uses_nccl: bool = True
+    buffers: Callable[[Exchanged], Buffers] = _no_buffers
+
+
+def _through_the_step(num_bytes: float) -> Buffers:
+    """The same bytes at every moment of forward and backward."""
+    return Buffers(forward=num_bytes, loss=num_bytes, head_backward=num_bytes, layer_backward=num_bytes)
+
+
+def _ddp(exchanged: Exchanged) -> Buffers:
+    """torch.nn.parallel.DistributedDataParallel: the reducer's buckets are a second copy of the gradients."""
+    return _through_the_step(exchanged.gradients_bytes)
+
+
+def _bucket(exchanged: Exchanged) -> float:
+    return min(ZERO_BUCKET_ELEMENTS, exchanged.trained_params) * exchanged.weight_width
+
+
+def _zero(exchanged: Exchanged) -> Buffers:
+    return _through_the_step(_bucket(exchanged))
+
+
+def _zero3(exchanged: Exchanged) -> Buffers:
+    return _through_the_step(2 * exchanged.layer_bytes + exchanged.root_bytes + _bucket(exchanged))
+
+
+def _flat_groups(exchanged: Exchanged) -> Buffers:
+    """Copies of one layer's whole parameters: the layer at work, the next one's prefetched buffer, and the flat
+    buffer that is being copied out; the root group, everything outside the layers, stays gathered beside them.
+    """
+    return _through_the_step(3 * exchanged.layer_bytes + exchanged.root_bytes)
 
 
 STRATEGIES: dict[str, Strategy] = {
     s.name: s
     for s in (
         Strategy(name="none", summary="one GPU", uses_nccl=False),
-        Strategy(name="ddp", summary="every GPU holds everything", gradient_copies=1.0),
+        Strategy(name="ddp", summary="every GPU holds everything", buffers=_ddp),
         Strategy(
-            name="zero1",
-            summary="optimizer states split (DeepSpeed)",
-            shards_optimizer=True,
-            bucket_elements=ZERO_BUCKET_ELEMENTS,
+            name="zero1", summary="optimizer states split (DeepSpeed)", shards_optimizer=True, buffers=_zero
         ),
         Strategy(
             name="zero2",
             summary="optimizer states and gradients split (DeepSpeed)",
             shards_gradients=True,
             shards_optimizer=True,
-            bucket_elements=ZERO_BUCKET_ELEMENTS,
+            buffers=_zero,
         ),
         Strategy(
             name="zero3",
@@ -59,8 +119,7 @@ STRATEGIES: dict[str, Strategy] = {
             shards_weights=True,
             shards_gradients=True,
             shards_optimizer=True,
-            gathered_groups=2.0,
-            bucket_elements=ZERO_BUCKET_ELEMENTS,
+            buffers=_zero3,
         ),
         Strategy(
             name="fsdp",
@@ -68,7 +127,7 @@ STRATEGIES: dict[str, Strategy] = {
             shards_weights=True,
             shards_gradients=True,
             shards_optimizer=True,
-            gathered_groups=3.0,
+            buffers=_flat_groups,
         ),
         Strategy(
             name="fsdp1",
@@ -76,7 +135,7 @@ STRATEGIES: dict[str, Strategy] = {
             shards_weights=True,
             shards_gradients=True,
             shards_optimizer=True,
-            gathered_groups=3.0,
+            buffers=_flat_groups,
         ),
         Strategy(
             name="device_map",
