@@ -41,6 +41,7 @@ def shape(
 MODELS = {
     "mistral-7b": shape("mistral", 4096, 14336, 32, 32, 8, 32000),
     "llama-2-70b": shape("llama", 8192, 28672, 80, 64, 8, 32000),
+    "llama-3-8b": shape("llama", 4096, 14336, 32, 32, 8, 128256),
     "powerlm-3b": shape("granite", 2304, 9216, 40, 36, 36, 49152),
 }
 ADAPTERS = {"rank": 16, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"], "dropout": 0.1}
@@ -50,6 +51,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"method": "qlora", "autocast": "bfloat16", "kbit_upcast": False, **ADAPTERS},
     "qlora-upcast": {"method": "qlora", "autocast": "bfloat16", "kbit_upcast": True, **ADAPTERS},
 }
+FUSED = {"kernels": "fused"}
+LIGER = {"kernels": "liger", "loss": "fused", "autocast": "bfloat16"}
+"""The plugin's own kernels, and with them its copy of Liger's loss (a100_80gb_liger.csv)."""
+KERNEL_RUNS = [
+    ("mistral-7b", "lora", FUSED, 4, 22.793),
+    ("mistral-7b", "lora", FUSED, 8, 31.926),
+    ("powerlm-3b", "full", FUSED, 8, 37.548),
+    ("powerlm-3b", "lora", FUSED, 4, 15.715),
+    ("llama-3-8b", "lora", LIGER, 4, 23.195),
+    ("llama-3-8b", "lora", LIGER, 16, 47.396),
+]
 RUNS = [
     ("mistral-7b", "full", 4, 67.460, 40.483),
     ("mistral-7b", "full", 8, 67.461, 40.483),
@@ -71,18 +83,28 @@ RUNS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("model", "method", "batch", "peak_gib", "steady_gib"), RUNS)
-def test_the_trace_gives_the_published_memory(model, method, batch, peak_gib, steady_gib):
-    setup = TrainSetup(
+def setup_of(model: str, method: str, batch: int, **changes: Any) -> TrainSetup:
+    return TrainSetup(
         model=MODELS[model],
         stack=STACK,
         micro_batch_size=batch,
         seq_len=4096,
         packing=True,
         attention="flash",
-        **METHODS[method],
+        **{**METHODS[method], **changes},
     )
-    result = trace(setup)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "method", "batch", "peak_gib", "steady_gib"), RUNS)
+def test_the_trace_gives_the_published_memory(model, method, batch, peak_gib, steady_gib):
+    result = trace(setup_of(model, method, batch))
     assert gib(result.peak_bytes + WORKSPACE_BYTES) == pytest.approx(peak_gib, rel=0.0025)
     assert gib(result.phases["save"].num_bytes + WORKSPACE_BYTES) == pytest.approx(steady_gib, rel=0.003)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "method", "kernels", "batch", "peak_gib"), KERNEL_RUNS)
+def test_fused_kernels_need_what_was_published(model, method, kernels, batch, peak_gib):
+    result = trace(setup_of(model, method, batch, **kernels))
+    assert gib(result.peak_bytes + WORKSPACE_BYTES) == pytest.approx(peak_gib, rel=0.0025)

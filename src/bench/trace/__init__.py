@@ -6,6 +6,7 @@ shapes and storages but no data: no GPU, no weights. How:
     fakes      the model, built on the meta device, with every tensor replaced by an empty fake one
     tracker    every storage that an operator makes is recorded until the last tensor lets go of it
     cuda       what CUDA would do where the CPU does something else: attention kernels, dropout, autocast
+    kernels    fused Triton kernels, as stand-ins that allocate and save what they do
     stacks     what older library versions do otherwise
     recording  what was alive when, by category, module and phase (no torch)
     depth      peaks of a deep model from two shallow ones

@@ -23,8 +23,6 @@ _UNTRACED: tuple[tuple[str, Callable[[TrainSetup], bool], str], ...] = (
         "only sft, pretrain and mlm can be traced yet",
     ),
     ("num_gpus", lambda s: s.num_gpus > 1, "only one GPU's step can be traced yet"),
-    ("kernels", lambda s: s.kernels != "plain", "fused kernels can't be traced yet; use plain"),
-    ("loss", lambda s: s.loss == "fused", "the fused loss can't be traced yet; use full or chunked"),
     ("compile", lambda s: s.compile, "a compiled model can't be traced; leave compile out"),
 )
 

@@ -22,6 +22,7 @@ from bench.step import TrainStep
 from bench.trace.cuda import WORKSPACES, cuda_rules
 from bench.trace.depth import Depths, PhasePeak, choose_depths, layer_kinds, phase_peaks, shallow_config
 from bench.trace.fakes import fill_with_fakes, quantised_tensors
+from bench.trace.kernels import fused_kernels
 from bench.trace.recording import CUDA_ROUNDING_BYTES, HOST, Recording, Storage
 from bench.trace.stacks import apply_stack, stack_loss
 from bench.trace.tracker import Tracker, layer_numbers
@@ -162,7 +163,7 @@ def record(setup: TrainSetup, *, on_gpu: bool) -> Recording:
         answer=not (setup.packing and setup.attention != "flash"),
         workspaces=WORKSPACES if on_gpu else {},
     )
-    with _fake_step(setup, tracker, on_gpu):
+    with _fake_step(setup, tracker, on_gpu), fused_kernels(setup, model):
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes, tracker:
             tracker.begin("load")
             fill_with_fakes(model)
@@ -263,7 +264,6 @@ def _fake_step(setup: TrainSetup, tracker: Tracker, on_gpu: bool) -> Iterator[No
         # transformers builds masks for fake tensors that it wouldn't build for real ones.
         stack.enter_context(mock.patch.object(transformers.masking_utils, "is_tracing", _never))
         # When the collector runs must not decide what is alive.
-        gc.collect()
         gc.disable()
         stack.callback(gc.enable)
         yield

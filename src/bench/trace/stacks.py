@@ -88,7 +88,7 @@ def own_loss(model: nn.Module, batch: Batch, num_trained: int, phase: Phase) -> 
         return shifted_loss(logits=logits, labels=batch["labels"], vocab_size=logits.shape[-1])
 
 
-def shifted_loss(*, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+def shifted_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
     """Cross-entropy of float32 logits [batch, tokens, vocab_size], cut by one token and copied."""
     wide = logits.float()
     shifted = wide[..., :-1, :].contiguous().view(-1, vocab_size)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from bench.trace.recording import HOST, Mark, Recording, Storage
 
 aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 
 Workspace = Callable[..., list[torch.Tensor]]
 """Called with an operator's arguments: the buffers that its CUDA kernel holds while it runs."""
@@ -26,6 +27,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
     Fake tensors have no values. Where code asks for one (`.item()`, `if tensor:`), it gets 1 for a number (a step
     counter must not be 0), `answer` for a truth value, and 0 for a loss scaler's overflow flag.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here, and the guard around each operator costs as much as recording it."""
+        return False
 
     def __init__(self, *, answer: bool = True, workspaces: dict[str, Workspace] | None = None) -> None:
         super().__init__()
@@ -58,6 +64,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and register what it made."""
         kwargs = kwargs or {}
+        if func is _DEVICE:
+            return args[0].fake_device
         if func is aten._local_scalar_dense.default:
             return self._value(args[0])
         if func is aten.equal.default:
