@@ -10,5 +10,6 @@ shapes and storages but no data: no GPU, no weights. How:
     stacks     what older library versions do otherwise
     recording  what was alive when, by category, module and phase (no torch)
     depth      peaks of a deep model from two shallow ones
+    stitch     every allocation of a deep model from two shallow ones (no torch)
     replay     the recorded allocations through the rules of CUDA's caching allocator (no torch)
 """

@@ -10,11 +10,13 @@ from bench.trace.replay import replay
 from bench.trace.run import TraceResult, trace
 from planner.errors import NotModelledError
 from planner.estimate import estimate, resolve
-from planner.memory import FRAGMENTATION_SHARE, MemoryModel
+from planner.memory import MemoryModel
 from planner.results import PHASES, TERMS, Estimate, Memory
 from planner.setup import TrainSetup
 from planner.specs import Machine
 from planner.uncertainty import judge
+
+NOT_REPLAYED = "side streams, and segments that others' libraries hold"
 
 _UNTRACED: tuple[tuple[str, Callable[[TrainSetup], bool], str], ...] = (
     (
@@ -52,7 +54,7 @@ def trace_estimate(setup: TrainSetup, machine: Machine, *, all_layers: bool = Fa
         memory=memory,
         fit=judge(memory, usable_bytes, setup.num_gpus),
         assumptions=(*answer.assumptions, _how(traced)),
-        not_modelled=(_fragmentation_note(traced),) if on_gpu else (),
+        not_modelled=(NOT_REPLAYED,) if on_gpu else (),
         source="trace",
     )
 
@@ -61,12 +63,6 @@ def _how(traced: TraceResult) -> str:
     shallow = traced.depths.shallow
     depth = f"{shallow[0]} and {shallow[1]}" if shallow else "all"
     return f"traced with {depth} of {traced.depths.num_layers} layers, rows of full length"
-
-
-def _fragmentation_note(traced: TraceResult) -> str:
-    if traced.depths.shallow is None:
-        return "side streams, and segments that others' libraries hold"
-    return "the allocator's exact fragmentation (a share is assumed; all layers would be replayed)"
 
 
 def _workspace_bytes(setup: TrainSetup, machine: Machine, on_gpu: bool) -> int:
@@ -93,12 +89,9 @@ def _memory(traced: TraceResult, closed: Memory, workspace: int, on_gpu: bool) -
 
 
 def _fragmentation(traced: TraceResult, workspace: int) -> int:
-    """Reserved minus allocated: by the allocator's rules where every layer's allocations are known."""
-    if traced.depths.shallow is None:
-        replayed = replay(_requests(traced.timeline, workspace))
-        return max(0, replayed.peak_reserved_bytes - traced.peak_bytes - workspace)
-    steady = traced.phases["save"].num_bytes
-    return round(FRAGMENTATION_SHARE * (traced.peak_bytes - steady))
+    """Reserved minus allocated, by the allocator's rules."""
+    replayed = replay(_requests(traced.timeline, workspace))
+    return max(0, replayed.peak_reserved_bytes - traced.peak_bytes - workspace)
 
 
 def _requests(recording: Recording, workspace: int) -> Iterator[tuple[int, int]]:

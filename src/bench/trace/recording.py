@@ -20,6 +20,8 @@ CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "l
 class Storage:
     """One allocation. `layer` is the layer (counted from 0) whose operator made it, None outside the layers.
 
+    `owner` is `layer` where that is known, else the layer whose parameter, gradient or state it was made from.
+
     `allocated_at` and `freed_at` are positions in the recording's events; `recompute` numbers the stretch of
     recomputed forward that made it; `category` is set where it is known when it is made.
     """
@@ -37,6 +39,7 @@ class Storage:
     freed_at: int | None = None
     category: str | None = None
     recompute: int | None = None
+    owner: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,14 @@ class Recording:
             if place not in found or total > found[place].num_bytes:
                 found[place] = Peak(total, at)
         return found
+
+    def highest(self, step: int) -> int:
+        """The event of optimizer step `step` after which the most bytes are alive."""
+        starts = [mark.at for mark in self.marks if mark.step == step]
+        following = (mark.at for mark in self.marks if mark.step > step)
+        end = next(following, len(self.events))
+        totals = list(self.live_bytes())
+        return max(range(starts[0], end), key=totals.__getitem__)
 
     def live_at(self, at: int) -> list[Storage]:
         """What is alive just after event `at`, largest first."""

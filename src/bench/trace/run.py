@@ -25,6 +25,7 @@ from bench.trace.fakes import fill_with_fakes, quantised_tensors
 from bench.trace.kernels import fused_kernels
 from bench.trace.recording import CUDA_ROUNDING_BYTES, HOST, Recording, Storage
 from bench.trace.stacks import apply_stack, stack_loss
+from bench.trace.stitch import NotPeriodicError, stitch
 from bench.trace.tracker import Tracker, layer_numbers
 from planner.optimizers import find_optimizer
 from planner.setup import TrainSetup
@@ -52,8 +53,9 @@ class LiveTensor:
 class TraceResult:
     """What the traced step needs per GPU, in bytes of torch's allocator, without library workspaces.
 
-    `phases` holds each phase's peak for the real number of layers. `recordings` are of all layers, or of the two
-    shallow models that `depths` names; `largest` and `operator` are taken from the deepest of them.
+    `phases` holds each phase's peak for the real number of layers. `timeline` has every allocation of all layers:
+    as traced, or put together from the two shallow models that `depths` names. `peak_at` is its highest event in
+    the last step, `largest` and `operator` are what was alive and what ran there.
     """
 
     phases: Mapping[str, PhasePeak]
@@ -61,7 +63,8 @@ class TraceResult:
     operator: str
     module: str
     depths: Depths
-    recordings: tuple[Recording, ...]
+    timeline: Recording
+    peak_at: int
 
     @property
     def peak_phase(self) -> str:
@@ -78,11 +81,6 @@ class TraceResult:
         """Bytes by category at the highest peak."""
         return self.phases[self.peak_phase].terms
 
-    @property
-    def timeline(self) -> Recording:
-        """Every allocation of the deepest traced model."""
-        return self.recordings[-1]
-
 
 def trace(setup: TrainSetup, *, on_gpu: bool = True, all_layers: bool = False) -> TraceResult:
     """Trace two optimizer steps of `setup` on one rank.
@@ -97,23 +95,31 @@ def trace(setup: TrainSetup, *, on_gpu: bool = True, all_layers: bool = False) -
         depths = _depths(setup, config)
         if all_layers:
             depths = Depths(depths.num_layers, None)
-        layers = depths.shallow or (depths.num_layers,)
-        recordings = tuple(record(_with_layers(setup, config, n, depths), on_gpu=on_gpu) for n in layers)
+        recordings = _record_depths(setup, config, depths, on_gpu)
+        try:
+            timeline = stitch(recordings, depths) if depths.shallow else recordings[0]
+        except NotPeriodicError:
+            depths = Depths(depths.num_layers, None)
+            recordings = _record_depths(setup, config, depths, on_gpu)
+            timeline = recordings[0]
     phases = phase_peaks(recordings, depths, NUM_STEPS)
     phases |= {p: v for p, v in phase_peaks(recordings, depths, 0).items() if p == "load"}
-    phases = {name: phases[name] for name in _REPORTED if name in phases}
-    highest = max(phases.values(), key=lambda peak: peak.num_bytes)
-    deepest = recordings[-1]
-    alive = deepest.live_at(highest.at)
-    newest = deepest.storages[deepest.events[highest.at]]
+    at = timeline.highest(NUM_STEPS)
+    newest = timeline.storages[timeline.events[at]]
     return TraceResult(
-        phases=phases,
-        largest=tuple(_live_tensor(deepest, s) for s in alive[:NUM_LARGEST]),
+        phases={name: phases[name] for name in _REPORTED if name in phases},
+        largest=tuple(_live_tensor(timeline, s) for s in timeline.live_at(at)[:NUM_LARGEST]),
         operator=newest.op,
         module=newest.module,
         depths=depths,
-        recordings=recordings,
+        timeline=timeline,
+        peak_at=at,
     )
+
+
+def _record_depths(setup: TrainSetup, config: Any, depths: Depths, on_gpu: bool) -> tuple[Recording, ...]:
+    layers = depths.shallow or (depths.num_layers,)
+    return tuple(record(_with_layers(setup, config, n, depths), on_gpu=on_gpu) for n in layers)
 
 
 _REPORTED = ("load", "forward", "loss", "backward", "optimizer", "save", "eval")
@@ -167,6 +173,7 @@ def record(setup: TrainSetup, *, on_gpu: bool) -> Recording:
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes, tracker:
             tracker.begin("load")
             fill_with_fakes(model)
+            tracker.watch(model)
             _mark_weights(tracker, setup, model)
         # An 8-bit optimizer computes its code books when it is built.
         with tracker:
@@ -174,7 +181,6 @@ def record(setup: TrainSetup, *, on_gpu: bool) -> Recording:
             optimizer = build_optimizer(setup, model)
         if on_gpu:
             _choose_foreach(optimizer)
-        tracker.watch(model)
         step = TrainStep(setup, model, optimizer, phase=tracker.phase)
         step.loss = stack_loss(setup, model) or step.loss
         with fakes, tracker:
@@ -221,6 +227,9 @@ def fake_batch(setup: TrainSetup, num_rows: int) -> dict[str, torch.Tensor]:
 
 
 def _mark_weights(tracker: Tracker, setup: TrainSetup, model: nn.Module) -> None:
+    for name, module in reversed(list(model.named_modules())):
+        for tensor in [*module.parameters(), *module.buffers(), *quantised_tensors(module)]:
+            tracker.attribute(tensor, name)
     for tensor in [*model.buffers(), *quantised_tensors(model)]:
         tracker.mark(tensor, "weights")
     for parameter in model.parameters():

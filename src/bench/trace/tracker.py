@@ -75,9 +75,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         out = func(*args, **kwargs)
         self.num_ops += 1
         name = func._schema.name.partition("::")[2]
-        for tensor in tree_flatten(out)[0]:
-            if isinstance(tensor, torch.Tensor):
-                self._register(tensor, name)
+        made = [tensor for tensor in tree_flatten(out)[0] if isinstance(tensor, torch.Tensor)]
+        for position, tensor in enumerate(made):
+            self._register(tensor, name, _source(args, position, len(made)))
         del held
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             self._flags.add(args[1].untyped_storage()._cdata)
@@ -98,12 +98,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             self._register(buffer, func._schema.name.partition("::")[2])
         return buffers
 
-    def _register(self, tensor: torch.Tensor, op: str) -> None:
+    def _register(self, tensor: torch.Tensor, op: str, source: Any = None) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
             return
         module = self._module()
+        layer = self._layer_of(module)
         record = Storage(
             number=len(self.storages),
             num_bytes=storage.nbytes(),
@@ -111,11 +112,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             dtype=str(tensor.dtype).removeprefix("torch."),
             op=op,
             module=module,
-            layer=self._layer_of(module),
+            layer=layer,
             phase=self.current_phase,
             step=self.step,
             allocated_at=len(self.events),
             recompute=self._recompute,
+            owner=layer if module else self._owner_of(source),
         )
         # torch.tensor(number) lies in host memory unless it is sent to the device.
         if op == "lift_fresh":
@@ -136,6 +138,19 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         record = self._live.get(tensor.untyped_storage()._cdata)
         if record is not None:
             record.category = category
+
+    def attribute(self, tensor: torch.Tensor, module: str) -> None:
+        """Say whose a tensor's storage is: a parameter is made before its module is called."""
+        record = self._live.get(tensor.untyped_storage()._cdata)
+        if record is not None and not record.module:
+            record.module, record.owner = module, self._layer_of(module)
+
+    def _owner_of(self, source: Any) -> int | None:
+        """Outside any module (in an optimizer), what is made from a layer's tensor is that layer's."""
+        if not isinstance(source, torch.Tensor):
+            return None
+        record = self._live.get(source.untyped_storage()._cdata)
+        return None if record is None else record.owner
 
     def recording(self, *, vocab_size: int, num_layers: int, rounding_bytes: int) -> Recording:
         """What was recorded so far."""
@@ -202,6 +217,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
 
     def _layer_of(self, module: str) -> int | None:
         return self._layers.get(module)
+
+
+def _source(args: Any, position: int, num_made: int) -> Any:
+    """The argument that output number `position` was made from: of a list operator its own one."""
+    first = args[0] if args else None
+    if isinstance(first, (list, tuple)):
+        return first[position] if len(first) == num_made else None
+    return first
 
 
 def label_graph(output: Any, name: str) -> None:
