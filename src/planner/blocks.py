@@ -35,12 +35,13 @@ class Recipe:
     """What of a TrainSetup decides which tensors a block makes; widths in bytes per element.
 
     `weight` of the 16/32-bit matrices, `norm` of norm weights (4 under kbit_upcast), `compute` of matrix
-    products, `adapter` of adapters, `stream` of the embedding's output. `adapted` maps the matrices' paths
+    products, `adapter` of adapters, `stream` of what passes from layer to layer. `adapted` maps the matrices' paths
     that get an adapter to its rank. `quantised_bits`: linears are bitsandbytes' 4-bit or 8-bit ones (0: neither).
     `fused`: norms and rotary embeddings in one kernel each that saves its input only (Triton, or torch.compile,
-    whose partitioner recomputes pointwise operations in the backward); `fused_mlp`: gated activations too. `on_gpu`: CUDA's
+    whose partitioner recomputes pointwise operations in the backward); `fused_mlp`: gated activations too; `fused_adapters`: a
+    quantised linear and its adapter are one autograd function (Unsloth's LoRA_QKV and LoRA_W). `on_gpu`: CUDA's
     kernels instead of the CPU's; `has_flash`: FlashAttention runs on the card; `is_masked`: torch's attention is given a
-    mask. `reentrant`: checkpoints recompute a layer whole and keep
+    mask; `repeats_groups`: flash attention is given grouped keys and values copied out to all heads. `reentrant`: checkpoints recompute a layer whole and keep
     its output meanwhile, the default of transformers before 5.
     """
 
@@ -57,9 +58,11 @@ class Recipe:
     attention: str = "sdpa"
     fused: bool = False
     fused_mlp: bool = False
+    fused_adapters: bool = False
     on_gpu: bool = True
     has_flash: bool = True
     is_masked: bool = False
+    repeats_groups: bool = False
     reentrant: bool = False
 
 
@@ -240,9 +243,14 @@ class Block:
         return self.cast(total, out.width, matrix.out_features * share)
 
     def _dropped(self, x: Tensor, num_elements: float) -> Tensor:
-        """Dropout before an adapter: a copy, and a mask of one byte per element for the backward."""
+        """Dropout before an adapter: a copy, and a mask of one byte per element for the backward.
+
+        A fused adapter's backward asks the copy which elements are zero, and keeps its input.
+        """
         if not self.recipe.dropout:
             return x
+        if self.recipe.fused_adapters:
+            return self.tape.run([x], per_token(x.width * num_elements), x.width, saves=[x])
         mask = self.tape.run([], per_token(num_elements), 1)
         return self.tape.run([x, mask], per_token(x.width * num_elements), x.width, saves=[mask])
 
@@ -288,7 +296,8 @@ class Block:
     def _kernel(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
         width = self.recipe.compute
         query, key, value = (self.cast(t, width, t.size[1] / t.width) for t in (query, key, value))
-        if not layer.hands_over_groups and layer.num_kv_heads > 1:
+        is_repeated = self.recipe.repeats_groups and self.recipe.attention == "flash"
+        if is_repeated or (not layer.hands_over_groups and layer.num_kv_heads > 1):
             key, value = kernels.repeated(self.tape, key, value, layer, width)
             layer = replace(layer, num_kv_heads=layer.num_heads)
         return self._chosen_kernel(layer)(self.tape, query, key, value, layer, width)

@@ -13,6 +13,7 @@ from planner.methods import find_method
 from planner.optimizers import Optimizer, find_optimizer
 from planner.setup import TrainSetup
 from planner.specs import LayerSpec, Matrix, ModelSpec
+from planner.stack import casts_back, parse_stack
 from planner.units import DTYPE_BYTES
 
 ABSMAX_BLOCK = 64
@@ -50,10 +51,12 @@ class Inventory:
 
     `host_states_bytes` are paged optimizer states, which live in managed host memory.
     `largest_layer_bytes` and `root_bytes` are the weights that sharded training gathers at once: the largest
-    layer's, and everything outside the layers.
+    layer's, and everything outside the layers. `constants_bytes` of the weights are the constants of quantised ones,
+    which are no parameters and so on every rank.
     """
 
     weights_bytes: int
+    constants_bytes: int
     adapters_bytes: int
     master_bytes: int
     gradients_bytes: int
@@ -79,6 +82,7 @@ def take_inventory(setup: TrainSetup, model: ModelSpec) -> Inventory:
     num_trained = sum(t.num_elements * t.count for t in trained)
     return Inventory(
         weights_bytes=_weights(setup, model),
+        constants_bytes=_constants(setup, model),
         adapters_bytes=gradients if setup.uses_adapters else 0,
         master_bytes=4 * num_trained if has_master else 0,
         gradients_bytes=gradients,
@@ -108,9 +112,16 @@ def unquantised_width(setup: TrainSetup) -> int:
 
     FSDP1 flattens a layer's parameters into one tensor of one dtype, which undoes the upcast.
     """
-    if setup.quant and setup.kbit_upcast and setup.sharding != "fsdp1":
+    is_undone = setup.sharding == "fsdp1" or casts_back(parse_stack(setup.stack), setup.autocast)
+    if setup.quant and setup.kbit_upcast and not is_undone:
         return 4
     return DTYPE_BYTES[setup.weights_dtype]
+
+
+def norm_width(setup: TrainSetup) -> int:
+    """Bytes per element of the norms' weights, which stay upcast where the embeddings don't."""
+    is_upcast = setup.quant and setup.kbit_upcast and setup.sharding != "fsdp1"
+    return 4 if is_upcast else unquantised_width(setup)
 
 
 def trained_width(setup: TrainSetup) -> int:
@@ -174,18 +185,37 @@ def _states(optimizer: Optimizer, trained: list[TrainedTensor]) -> tuple[int, in
 
 
 def quantised_bytes(num_weights: int, rows: int, quant: str) -> int:
-    """Bytes of one quantised matrix: packed weights, constants, code books.
+    """Bytes of one quantised matrix: packed weights, constants, code books."""
+    return packed_bytes(num_weights, quant) + constant_bytes(num_weights, rows, quant)
 
-    bitsandbytes: 4-bit weights with one float32 constant per 64; `nf4-double` keeps the constants in 8 bits
+
+def packed_bytes(num_weights: int, quant: str) -> int:
+    """Bytes of one quantised matrix' weights alone: 8 bits each, or 4."""
+    return num_weights if quant == "int8" else -(-num_weights // 2)
+
+
+def constant_bytes(num_weights: int, rows: int, quant: str) -> int:
+    """Bytes of the constants and code books of one quantised matrix.
+
+    bitsandbytes: one float32 constant per 64 weights of 4 bits; `nf4-double` keeps the constants in 8 bits
     with one float32 per 256 and an offset; int8 keeps one float32 per row.
     """
     if quant == "int8":
-        return num_weights + 4 * rows
+        return 4 * rows
     blocks = -(-num_weights // ABSMAX_BLOCK)
-    packed = -(-num_weights // 2) + CODEBOOK_BYTES
     if quant == "nf4-double":
-        return packed + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 + NESTED_CODEBOOK_BYTES
-    return packed + 4 * blocks
+        return CODEBOOK_BYTES + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 + NESTED_CODEBOOK_BYTES
+    return CODEBOOK_BYTES + 4 * blocks
+
+
+def _constants(setup: TrainSetup, model: ModelSpec) -> int:
+    if not setup.quant:
+        return 0
+    sizes = (
+        layer.count * m.copies * constant_bytes(m.num_weights // m.copies, m.out_features, setup.quant)
+        for layer, m in quantised_matrices(model)
+    )
+    return sum(sizes)
 
 
 def _weights(setup: TrainSetup, model: ModelSpec) -> int:
@@ -207,9 +237,7 @@ def _layer_bytes(setup: TrainSetup, layer: LayerSpec) -> int:
     if not setup.quant:
         return layer.num_params * width
     linears = [m for m in layer.matrices if m.kind != "parameter"]
-    packed = sum(
-        m.copies * quantised_bytes(m.num_weights // m.copies, m.out_features, setup.quant) for m in linears
-    )
+    packed = sum(m.copies * packed_bytes(m.num_weights // m.copies, setup.quant) for m in linears)
     return packed + (layer.num_params - sum(m.num_weights for m in linears)) * width
 
 

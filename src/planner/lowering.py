@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from planner.blocks import Recipe
 from planner.heads import LossBytes
-from planner.inventory import unquantised_width
+from planner.inventory import norm_width, unquantised_width
 from planner.layers import adapter_rank, target_matrices
 from planner.methods import find_method
 from planner.setup import TrainSetup
 from planner.specs import ModelSpec
-from planner.stack import Stack
+from planner.stack import Stack, repeats_groups
 from planner.tape import FULL_WIDTH
 from planner.units import DTYPE_BYTES
 
@@ -26,9 +26,10 @@ def block_recipe(
         adapted = {matrix.path: adapter_rank(matrix, setup.rank) for _, matrix in targets}
     return Recipe(
         weight=weight,
-        norm=weight,
+        norm=norm_width(setup),
         compute=compute,
-        stream=weight,
+        # A norm in float32 makes its layer's output float32, which the sum with the stream stays.
+        stream=max(weight, norm_width(setup)),
         adapter=DTYPE_BYTES[setup.adapter_dtype],
         adapted=adapted,
         trains_base=find_method(setup.method).trains_base,
@@ -38,8 +39,10 @@ def block_recipe(
         attention=setup.attention,
         fused=setup.kernels != "plain" or setup.compile,
         fused_mlp=setup.compile,
+        fused_adapters=setup.kernels != "plain" and setup.quant is not None,
         on_gpu=on_gpu,
         has_flash=has_flash,
+        repeats_groups=repeats_groups(stack, model.family),
         reentrant=stack.is_before("transformers", 5),
     )
 
@@ -70,7 +73,7 @@ def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, e
     """How the loss of the setup's stack treats the logits.
 
     transformers before 4.50 slices and copies the float32 logits instead of padding the labels, inside the
-    model's forward; Granite's own loss there drops the 16-bit logits first.
+    model's forward; before 4.46 it has dropped the 16-bit logits by then, as Granite's own loss has.
     """
     compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
     if setup.loss == "chunked":
@@ -82,7 +85,7 @@ def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, e
     has_own_loss = model.family in _OWN_LOSS_FAMILIES
     return LossBytes(
         shift_copy=is_old,
-        keeps_16bit=not (is_old and has_own_loss),
+        keeps_16bit=not (is_old and (has_own_loss or stack.is_before("transformers", 4, 46))),
         keeps_input=is_old,
         in_place_grad=setup.kernels == "fused",
         scaled=has_own_loss,

@@ -109,8 +109,10 @@ class Run:
     def static(self) -> dict[str, float]:
         """What every phase of a running step holds, per rank: weights, adapters, optimizer states, workspace."""
         inv, how, ranks = self.inventory, self.strategy, self._ranks
-        base = inv.weights_bytes / (ranks if how.shards_weights or how.splits_layers else 1)
-        adapters = inv.adapters_bytes / (ranks if how.shards_weights or how.splits_layers else 1)
+        is_split = how.shards_weights or how.splits_layers
+        whole = 0 if how.splits_layers else inv.constants_bytes
+        base = (inv.weights_bytes - whole) / (ranks if is_split else 1) + whole
+        adapters = inv.adapters_bytes / (ranks if is_split else 1)
         states = (inv.states_bytes + inv.master_bytes) / (
             ranks if how.shards_optimizer or how.splits_layers else 1
         )
@@ -132,9 +134,11 @@ class Run:
                 ranks=self._ranks,
                 layer_bytes=inv.largest_layer_bytes,
                 root_bytes=inv.root_bytes,
+                trained_root_bytes=inv.root_bytes if self.recipe.trains_base else 0,
                 gradients_bytes=inv.gradients_bytes,
                 trained_params=inv.trained_params,
                 weight_width=DTYPE_BYTES[self.setup.weights_dtype],
+                is_reentrant=self.recipe.reentrant and self.setup.checkpointing == "full",
             )
         )
 
@@ -142,6 +146,12 @@ class Run:
         """All gradients that one rank holds after a backward."""
         share = self._ranks if self.strategy.splits_layers else self.gradient_ranks
         return self.inventory.gradients_bytes / share
+
+    @property
+    def holds_inputs(self) -> bool:
+        """Whether every checkpoint's input and its gradient outlive the layer's backward."""
+        is_frozen = not self.recipe.trains_base and self.setup.checkpointing == "full"
+        return self._ranks > 1 and self.strategy.holds_frozen_inputs and is_frozen and self.recipe.reentrant
 
     @property
     def gradient_ranks(self) -> int:
@@ -159,6 +169,7 @@ class Step:
         stages = setup.num_gpus if run.strategy.splits_layers else 1
         self.layer_share = 1 / stages
         self.stream = tokens * run.recipe.stream * run.model.hidden_size
+        self.embedded = tokens * run.recipe.weight * run.model.hidden_size
         self.all_grads = 0.0 if setup.optimizer_in_backward else run.gradients_per_rank()
         self.held_grads = self.all_grads if setup.grad_accum_steps > 1 else 0.0
         self.base = run.static()
@@ -202,7 +213,9 @@ class Step:
             if not self.is_checkpointed:
                 for name, size in zip(CATEGORIES, block.memory.saved, strict=True):
                     kept[name] += count * evaluate(size, self.tokens, self.seq_len)
-        kept["activations"] += self.stream if self.run.keeps_embeddings else 0.0
+        kept["activations"] += self.embedded if self.run.keeps_embeddings else 0.0
+        if self.is_checkpointed or self.blocks[0].memory.saves_input:
+            kept["activations"] += self.embedded - self.stream
         kept["activations"] += self._escaped() if self.is_checkpointed else 0.0
         kept["workspace"] += self._stored_copies()
         return kept
@@ -216,7 +229,7 @@ class Step:
         """Autocast keeps a 16-bit copy of each trained float32 matrix until its context ends; the layers' copies."""
         setup, run = self.run.setup, self.run
         width = DTYPE_BYTES[setup.adapter_dtype if setup.uses_adapters else setup.weights_dtype]
-        if setup.autocast is None or width != 4:
+        if setup.autocast is None or width != 4 or (run.strategy.casts_gathered and setup.num_gpus > 1):
             return 0.0
         if setup.uses_adapters:
             return 2.0 * run.num_cast_params()
@@ -281,11 +294,21 @@ class Step:
         return {name: -evaluate(size, self.tokens, self.seq_len) for name, size in sizes}
 
     def _only_first(self, block: _LayerKind) -> dict[str, float]:
+        """What is left of the stored when the first layer's backward begins."""
+        if self.run.holds_inputs:
+            return self._all_inputs()
         kept = self.is_checkpointed or block.memory.saves_input
         return {
             "activations": self.mask + self._escaped() + (self.stream if kept else 0.0),
             "workspace": self.run.buffers.layer_backward,
         }
+
+    def _all_inputs(self) -> dict[str, float]:
+        """All stored, and the gradients of the inputs of all layers but the first two, which the peak counts itself."""
+        num_layers = sum(block.count for block in self.blocks)
+        activations = self.stored["activations"] + max(0, num_layers - 2) * self.stream
+        workspace = self.stored["workspace"] - self._freed_copies() + self.run.buffers.layer_backward
+        return {"activations": activations, "workspace": workspace}
 
     def _shard_grads(self, peak: dict[str, float]) -> dict[str, float]:
         """Gradients made within a block: one at a time where each is used, or added to a held one, at once."""
@@ -300,7 +323,8 @@ class Step:
         run = self.run
         if not run.recipe.trains_base or run.model.head is None:
             return {}
-        return {"gradients": run.model.head.num_weights * run.recipe.weight / run.gradient_ranks}
+        ranks = 1 if run.strategy.reduces_root_last else run.gradient_ranks
+        return {"gradients": run.model.head.num_weights * run.recipe.weight / ranks}
 
     def _late_grads(self, block: _LayerKind) -> dict[str, float]:
         """All gradients but those that the first layer and the embedding are about to make."""

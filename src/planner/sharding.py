@@ -17,16 +17,20 @@ ZERO_BUCKET_ELEMENTS = 500_000_000
 class Exchanged:
     """What ranks exchange, in bytes of whole tensors (all ranks' shares together).
 
-    `layer_bytes`: the weights of the largest layer; `root_bytes`: all weights outside the layers;
-    `gradients_bytes`: all gradients, in the dtype of what trains; `weight_width`: bytes per element of the weights.
+    `layer_bytes`: the weights of the largest layer, as they are gathered; `root_bytes`: all weights outside the
+    layers; `trained_root_bytes`: those of them that train (0 or all); `gradients_bytes`: all gradients, in the dtype of
+    what trains; `weight_width`: bytes per element of the weights. `is_reentrant`: layers are recomputed by reentrant
+    checkpoints, whose forward builds no graph.
     """
 
     ranks: int
     layer_bytes: int
     root_bytes: int
+    trained_root_bytes: int
     gradients_bytes: int
     trained_params: int
     weight_width: int
+    is_reentrant: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,11 +60,17 @@ def _no_buffers(exchanged: Exchanged) -> Buffers:
 class Strategy:
     """Which of the training state is split over the ranks, and what their exchange holds.
 
-    `splits_layers`: layers are divided over the cards, one after the other (naive pipeline).
+    `splits_layers`: layers are divided over the cards, one after the other (naive pipeline). `reduces_root_last`: the
+    gradients of weights outside the layers are whole until the end of the backward. `holds_frozen_inputs`: inputs of
+    frozen layers, and their gradients, live as long under reentrant checkpoints. `casts_gathered`: weights are gathered
+    in the dtype of autocast, which then has nothing to cast.
     """
 
     name: str
     summary: str
+    reduces_root_last: bool = False
+    holds_frozen_inputs: bool = False
+    casts_gathered: bool = False
     shards_weights: bool = False
     shards_gradients: bool = False
     shards_optimizer: bool = False
@@ -98,6 +108,25 @@ def _flat_groups(exchanged: Exchanged) -> Buffers:
     return _through_the_step(3 * exchanged.layer_bytes + exchanged.root_bytes)
 
 
+def _fsdp1(exchanged: Exchanged) -> Buffers:
+    """torch's FullyShardedDataParallel: each layer's flat buffer is gathered in place, and freed after use.
+
+    The root group stays gathered after the forward. In the backward the next layer's buffer is gathered ahead
+    (BACKWARD_PRE) if its own forward has built a graph, which a reentrant checkpoint's hasn't (_runtime_utils.py,
+    _get_handle_to_prefetch). At the end the gradients of the root group's views are joined into one flat tensor.
+    """
+    layers = 1 if exchanged.is_reentrant else 2
+    root = exchanged.root_bytes
+    return Buffers(
+        forward=exchanged.layer_bytes + root,
+        loss=root,
+        head_backward=root,
+        layer_backward=layers * exchanged.layer_bytes + root,
+        embedding_backward=root + exchanged.trained_root_bytes,
+        eval=exchanged.layer_bytes + root,
+    )
+
+
 STRATEGIES: dict[str, Strategy] = {
     s.name: s
     for s in (
@@ -127,6 +156,8 @@ STRATEGIES: dict[str, Strategy] = {
             shards_weights=True,
             shards_gradients=True,
             shards_optimizer=True,
+            reduces_root_last=True,
+            casts_gathered=True,
             buffers=_flat_groups,
         ),
         Strategy(
@@ -135,7 +166,10 @@ STRATEGIES: dict[str, Strategy] = {
             shards_weights=True,
             shards_gradients=True,
             shards_optimizer=True,
-            buffers=_flat_groups,
+            reduces_root_last=True,
+            holds_frozen_inputs=True,
+            casts_gathered=True,
+            buffers=_fsdp1,
         ),
         Strategy(
             name="device_map",

@@ -30,6 +30,28 @@ class Stack:
         return self.is_before("transformers", 5)
 
 
+_REPEATED_UNTIL: dict[str, Version] = {
+    **dict.fromkeys(("mistral", "mixtral", "qwen2", "phi3", "starcoder2", "zamba"), (4, 48)),
+    **dict.fromkeys(("jamba", "phimoe", "qwen2_moe"), (5,)),
+}
+"""The first transformers release in which a family's FlashAttention2 class no longer copies grouped keys and values
+out to all heads (transformers/models/*/modeling_*.py of 4.45 to 4.57; the other families' classes never did)."""
+
+
+def casts_back(stack: Stack, autocast: str | None) -> bool:
+    """Whether embeddings and head are bfloat16 again after kbit_upcast, the norms alone float32.
+
+    TRL's SFTTrainer did that before 0.26 when it trained 4-bit models in bfloat16 (peft_module_casting_to_bf16).
+    """
+    return autocast == "bfloat16" and stack.is_before("trl", 0, 26)
+
+
+def repeats_groups(stack: Stack, family: str) -> bool:
+    """Whether flash attention is given a key and a value for each query head."""
+    until = _REPEATED_UNTIL.get(family)
+    return until is not None and stack.is_before("transformers", *until)
+
+
 def parse_stack(text: str | None) -> Stack:
     """The stack that a setup names; the newest known where it names none.
 
