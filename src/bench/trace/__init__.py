@@ -11,5 +11,5 @@ shapes and storages but no data: no GPU, no weights. How:
     recording  what was alive when, by category, module and phase (no torch)
     depth      peaks of a deep model from two shallow ones
     stitch     every allocation of a deep model from two shallow ones (no torch)
-    replay     the recorded allocations through the rules of CUDA's caching allocator (no torch)
+    allocator  CUDA's caching allocator by its rules (allocator_rules), replay what it reserves for a recording (no torch)
 """
