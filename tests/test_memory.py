@@ -241,3 +241,17 @@ def test_states_that_page_or_are_offloaded_are_in_host_memory():
     kept, moved = memory(**shape), memory(**shape, offload="optimizer")
     assert moved.host_bytes > kept.host_bytes
     assert moved.phases["save"] < kept.phases["save"]
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "fsdp1"])
+def test_fsdp_holds_whole_gradients_between_micro_batches(sharding):
+    """Trainer runs all micro-batches but the last without exchange: on each rank, gradients stay as large as the model."""
+    model = model_spec(CONFIG | {"num_hidden_layers": 16})
+    recipe = {"method": "full", "weights_dtype": "bfloat16", "checkpointing": "full"}
+    shape = {"micro_batch_size": 8, "seq_len": 1024, "sharding": sharding, "num_gpus": 8}
+    setups = [TrainSetup(model=CONFIG, **recipe, **shape, grad_accum_steps=n) for n in (1, 4)]
+    once, often = (estimate_memory(setup, model) for setup in setups)
+    whole = 2 * model.num_params
+    # At the highest moment of the single micro-batch a layer's gradients and the head's are whole anyway.
+    assert 0.5 * whole < often.phases["backward"] - once.phases["backward"] <= whole
+    assert often.phases["optimizer"] == once.phases["optimizer"]

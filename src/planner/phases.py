@@ -147,6 +147,15 @@ class Run:
         share = self._ranks if self.strategy.splits_layers else self.gradient_ranks
         return self.inventory.gradients_bytes / share
 
+    def accumulated_gradients(self) -> float:
+        """All gradients that one rank holds between micro-batches; whole where ranks exchange after the last one only."""
+        setup, inv = self.setup, self.inventory
+        if self._ranks == 1 or not self.strategy.accumulates_whole:
+            return self.gradients_per_rank()
+        if not self.strategy.casts_gathered or setup.autocast is None:
+            return float(inv.gradients_bytes)
+        return float(inv.trained_params * DTYPE_BYTES[setup.autocast])
+
     @property
     def holds_inputs(self) -> bool:
         """Whether every checkpoint's input and its gradient outlive the layer's backward."""
@@ -171,7 +180,9 @@ class Step:
         self.stream = tokens * run.recipe.stream * run.model.hidden_size
         self.embedded = tokens * run.recipe.weight * run.model.hidden_size
         self.all_grads = 0.0 if setup.optimizer_in_backward else run.gradients_per_rank()
-        self.held_grads = self.all_grads if setup.grad_accum_steps > 1 else 0.0
+        self.held_grads = (
+            run.accumulated_gradients() if self.all_grads and setup.grad_accum_steps > 1 else 0.0
+        )
         self.base = run.static()
         self.base["activations"] += INPUT_BYTES_PER_TOKEN * tokens
         self.blocks = run.blocks(seq_len)
@@ -345,7 +356,7 @@ class Step:
     def _embedding_backward(self) -> dict[str, float]:
         """The embedding's dense gradient beside all others; with a tied head it is added to the head's."""
         second = self._embedding_bytes() if self.run.model.tied_head or self.held_grads else 0.0
-        grads = self.all_grads or self._embedding_bytes()
+        grads = self.held_grads or self.all_grads or self._embedding_bytes()
         exchange = {"workspace": self.run.buffers.embedding_backward}
         return self._plus({"gradients": grads + second, "activations": float(self.stream)}, exchange)
 

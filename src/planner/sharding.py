@@ -63,7 +63,8 @@ class Strategy:
     `splits_layers`: layers are divided over the cards, one after the other (naive pipeline). `reduces_root_last`: the
     gradients of weights outside the layers are whole until the end of the backward. `holds_frozen_inputs`: inputs of
     frozen layers, and their gradients, live as long under reentrant checkpoints. `casts_gathered`: weights are gathered
-    in the dtype of autocast, which then has nothing to cast.
+    in the dtype of autocast, which then has nothing to cast. `accumulates_whole`: micro-batches before the last run
+    without exchange (no_sync, which Trainer and accelerate use unless told `sync_each_batch`), so gradients stay whole.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Strategy:
     reduces_root_last: bool = False
     holds_frozen_inputs: bool = False
     casts_gathered: bool = False
+    accumulates_whole: bool = False
     shards_weights: bool = False
     shards_gradients: bool = False
     shards_optimizer: bool = False
@@ -158,6 +160,7 @@ STRATEGIES: dict[str, Strategy] = {
             shards_optimizer=True,
             reduces_root_last=True,
             casts_gathered=True,
+            accumulates_whole=True,
             buffers=_flat_groups,
         ),
         Strategy(
@@ -169,6 +172,7 @@ STRATEGIES: dict[str, Strategy] = {
             reduces_root_last=True,
             holds_frozen_inputs=True,
             casts_gathered=True,
+            accumulates_whole=True,
             buffers=_fsdp1,
         ),
         Strategy(
