@@ -8,8 +8,8 @@ evenly loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import functools
+from dataclasses import dataclass, replace
 
 from planner import kernels
 from planner.pointwise import Norm, activation, cast
@@ -35,8 +35,8 @@ class Recipe:
     """What of a TrainSetup decides which tensors a block makes; widths in bytes per element.
 
     `weight` of the 16/32-bit matrices, `norm` of norm weights (4 under kbit_upcast), `compute` of matrix
-    products, `adapter` of adapters, `stream` of what passes from layer to layer. `adapted` maps the matrices' paths
-    that get an adapter to its rank. `quantised_bits`: linears are bitsandbytes' 4-bit or 8-bit ones (0: neither).
+    products, `adapter` of adapters, `stream` of what passes from layer to layer. `adapted` pairs the matrices' paths
+    that get an adapter with its rank. `quantised_bits`: linears are bitsandbytes' 4-bit or 8-bit ones (0: neither).
     `fused`: norms and rotary embeddings in one kernel each that saves its input only (Triton, or torch.compile,
     whose partitioner recomputes pointwise operations in the backward); `fused_mlp`: gated activations too; `fused_adapters`: a
     quantised linear and its adapter are one autograd function (Unsloth's LoRA_QKV and LoRA_W). `on_gpu`: CUDA's
@@ -50,7 +50,7 @@ class Recipe:
     compute: int
     stream: int
     adapter: int = 0
-    adapted: Mapping[str, int] = field(default_factory=dict)
+    adapted: tuple[tuple[str, int], ...] = ()
     trains_base: bool = False
     autocast: bool = False
     quantised_bits: int = 0
@@ -66,6 +66,7 @@ class Recipe:
     reentrant: bool = False
 
 
+@functools.lru_cache(maxsize=1024)
 def layer_memory(layer: LayerSpec, hidden_size: int, recipe: Recipe) -> BlockMemory:
     """One decoder or encoder layer: what it saves, and its peaks."""
     block = Block(recipe)
@@ -80,6 +81,7 @@ class Block:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.tape = Tape()
+        self._ranks = dict(recipe.adapted)
         self._folded: list[Tensor] = []
 
     def norm(self, x: Tensor, num_elements: int, kind: str, groups: int = 1) -> Tensor:
@@ -137,13 +139,13 @@ class Block:
         `tokens_per_token` is above 1 for routed tokens. Under autocast the 16-bit copy of a float32 weight is
         saved for the backward of its product.
         """
-        if matrix.kind == "parameter" and matrix.path in self.recipe.adapted:
+        if matrix.kind == "parameter" and matrix.path in self._ranks:
             return self._folded_linear(x, matrix, tokens_per_token)
         can_be_packed = matrix.kind in ("linear", "conv1d") and matrix.role != "router"
         bits = self.recipe.quantised_bits if can_be_packed else 0
         base = {0: self._plain_linear, 4: self._linear_4bit, 8: self._linear_8bit}[bits]
         out = base(x, matrix, tokens_per_token)
-        if matrix.path in self.recipe.adapted:
+        if matrix.path in self._ranks:
             out = self._adapter(x, out, matrix, tokens_per_token, is_quantised=bits > 0)
         self.tape.hold(x)
         return out
@@ -174,7 +176,7 @@ class Block:
         The sum is as large as the experts, is saved for the backward, and gets a gradient of that size.
         """
         recipe = self.recipe
-        num_factors = recipe.adapted[matrix.path] * (matrix.in_features + matrix.out_features) * matrix.copies
+        num_factors = self._ranks[matrix.path] * (matrix.in_features + matrix.out_features) * matrix.copies
         factors = self.tape.run(
             [],
             constant(num_factors * recipe.weight),
@@ -224,7 +226,7 @@ class Block:
         held = x
         inner = recipe.compute if recipe.autocast else recipe.adapter
         x = self._dropped(self.cast(x, inner, matrix.in_features * share), matrix.in_features * share)
-        rank = recipe.adapted[matrix.path]
+        rank = self._ranks[matrix.path]
         weights_a = rank * matrix.in_features * matrix.copies * recipe.adapter
         weights_b = rank * matrix.out_features * matrix.copies * recipe.adapter
         low = self.tape.run(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any
+
 from planner.catalog import usable_bytes_or_bound
 from planner.checks import check, warnings
-from planner.memory import MemoryModel
+from planner.memory import MemoryModel, estimate_memory
 from planner.resolve import resolve_model
 from planner.results import Estimate, Memory
 from planner.setup import TrainSetup
@@ -35,6 +38,43 @@ def estimate(setup: TrainSetup, machine: Machine, model: ModelSpec | None = None
     return Estimator(setup, machine, model).at(setup.micro_batch_size, setup.seq_len)
 
 
+def estimate_many(setups: Iterable[TrainSetup], machine: Machine) -> Iterator[Estimate]:
+    """`estimate` of each setup, in order; a model is resolved once for all of them. Raises as `estimate` does."""
+    models = _Models()
+    for setup in setups:
+        yield estimate(setup, machine, models.find(setup))
+
+
+def memory_many(setups: Iterable[TrainSetup], machine: Machine) -> Iterator[Memory]:
+    """The memory that `estimate` says for each setup, in order, without its verdict, time and checks.
+
+    Raises SetupError and what resolving a model raises.
+    """
+    models = _Models()
+    for setup in setups:
+        yield estimate_memory(setup, models.find(setup), **_facts(machine))
+
+
+class _Models:
+    """The models of a batch of setups, each resolved once."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, tuple[TrainSetup, ModelSpec]] = {}
+
+    def find(self, setup: TrainSetup) -> ModelSpec:
+        name = setup.model if isinstance(setup.model, str) else id(setup.model)
+        key = (name, setup.revision, setup.stack, setup.objective)
+        if key not in self._found:
+            # The setup is kept with it, because another mapping could get the id of one that is gone.
+            self._found[key] = setup, resolve(setup)
+        return self._found[key][1]
+
+
+def _facts(machine: Machine) -> dict[str, Any]:
+    """What the memory model has to know of a machine."""
+    return {"on_gpu": machine.gpu.backend != "cpu", "capability": machine.gpu.compute_capability}
+
+
 class Estimator:
     """The same setup at many batch sizes and lengths, with everything else computed once."""
 
@@ -43,9 +83,7 @@ class Estimator:
         self.setup, self.machine = setup, machine
         self.model = resolve(setup) if model is None else model
         check(setup, machine, self.model)
-        on_gpu = machine.gpu.backend != "cpu"
-        capability = machine.gpu.compute_capability
-        self._memory = MemoryModel(setup, self.model, on_gpu=on_gpu, capability=capability)
+        self._memory = MemoryModel(setup, self.model, **_facts(machine))
         self.usable_bytes, self.usable_source = usable_memory(machine)
 
     def memory(self, micro_batch_size: int, seq_len: int) -> Memory:

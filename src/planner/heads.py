@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from planner.blocks import Block, Recipe
@@ -33,6 +34,7 @@ class LossBytes:
     evaluates: bool = False
 
 
+@functools.lru_cache(maxsize=1024)
 def head_memory(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes) -> BlockMemory:
     """The last layer's output, final norm, head and loss."""
     block = _Head(recipe)

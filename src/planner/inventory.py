@@ -5,8 +5,10 @@ All sizes are whole models', before any sharding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from planner.layers import adapter_rank, quantised_matrices, target_matrices
 from planner.methods import find_method
@@ -71,38 +73,73 @@ class Inventory:
 
 def take_inventory(setup: TrainSetup, model: ModelSpec) -> Inventory:
     """Everything that doesn't depend on the batch. Raises SetupError for targets that match nothing."""
-    optimizer = find_optimizer(setup.optimizer)
-    trained = list(trained_tensors(setup, model))
+    return _take_inventory(_kept(setup), model)
+
+
+class _Kept(NamedTuple):
+    """All of a setup that decides what is kept: setups that agree in it share one inventory."""
+
+    optimizer: str
+    in_backward: bool
+    has_master: bool
+    targets: str | tuple[str, ...]
+    rank: int
+    trains_base: bool
+    uses_adapters: bool
+    trained_width: int
+    quant: str | None
+    width: int
+
+
+def _kept(setup: TrainSetup) -> _Kept:
+    return _Kept(
+        optimizer=setup.optimizer,
+        in_backward=setup.optimizer_in_backward,
+        has_master=setup.master_weights == "float32",
+        targets=setup.targets,
+        rank=setup.rank,
+        trains_base=find_method(setup.method).trains_base,
+        uses_adapters=setup.uses_adapters,
+        trained_width=trained_width(setup),
+        quant=setup.quant,
+        width=unquantised_width(setup),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _take_inventory(kept: _Kept, model: ModelSpec) -> Inventory:
+    optimizer = find_optimizer(kept.optimizer)
+    trained = _trained_tensors(kept, model)
     gradients = sum(t.num_elements * t.count * t.width for t in trained)
-    has_master = setup.master_weights == "float32"
+    has_master = kept.has_master
     # The optimizer steps on what holds the exact value, and keeps its states in that dtype.
     stepped = [replace(t, width=4) for t in trained] if has_master else trained
     states, on_host = _states(optimizer, stepped)
     largest = max(t.num_elements * t.width for t in trained)
     num_trained = sum(t.num_elements * t.count for t in trained)
     return Inventory(
-        weights_bytes=_weights(setup, model),
-        constants_bytes=_constants(setup, model),
-        adapters_bytes=gradients if setup.uses_adapters else 0,
+        weights_bytes=_weights(kept, model),
+        constants_bytes=_constants(model, kept.quant) if kept.quant else 0,
+        adapters_bytes=gradients if kept.uses_adapters else 0,
         master_bytes=4 * num_trained if has_master else 0,
         gradients_bytes=gradients,
         states_bytes=states,
         host_states_bytes=on_host,
         # Master weights step with float32 gradients, which take the place of the narrower ones.
-        step_bytes=round(optimizer.step_copies * _stepped_bytes(setup, stepped))
+        step_bytes=round(optimizer.step_copies * _stepped_bytes(kept, stepped))
         + max(optimizer.tensor_step_bytes(t.num_elements, t.width) for t in stepped)
         + (4 * num_trained - gradients if has_master else 0),
         largest_trained_bytes=largest,
-        largest_layer_bytes=max(_layer_bytes(setup, layer) for layer in model.layers),
-        root_bytes=_root_params(model) * unquantised_width(setup),
+        largest_layer_bytes=max(_layer_bytes(layer, kept.quant, kept.width) for layer in model.layers),
+        root_bytes=_root_params(model) * kept.width,
         trained_params=num_trained,
     )
 
 
-def _stepped_bytes(setup: TrainSetup, stepped: list[TrainedTensor]) -> int:
+def _stepped_bytes(kept: _Kept, stepped: Iterable[TrainedTensor]) -> int:
     """Bytes that one call of the optimizer steps on: everything, or one tensor under optimizer_in_backward."""
     sizes = [t.num_elements * t.width for t in stepped]
-    if setup.optimizer_in_backward:
+    if kept.in_backward:
         return max(sizes)
     return sum(size * t.count for size, t in zip(sizes, stepped, strict=True))
 
@@ -135,12 +172,23 @@ def trained_width(setup: TrainSetup) -> int:
     return DTYPE_BYTES[setup.adapter_dtype if setup.uses_adapters else setup.weights_dtype]
 
 
-def trained_tensors(setup: TrainSetup, model: ModelSpec) -> Iterator[TrainedTensor]:
+def trained_tensors(setup: TrainSetup, model: ModelSpec) -> tuple[TrainedTensor, ...]:
     """Every parameter that trains."""
-    if not find_method(setup.method).trains_base:
-        yield from _adapter_tensors(setup, model)
-        return
-    width = trained_width(setup)
+    return _trained_tensors(_kept(setup), model)
+
+
+def _trained_tensors(kept: _Kept, model: ModelSpec) -> tuple[TrainedTensor, ...]:
+    if kept.trains_base:
+        return _base_tensors(model, kept.trained_width)
+    return _adapter_tensors(model, kept.targets, kept.rank, kept.trained_width)
+
+
+@functools.lru_cache(maxsize=256)
+def _base_tensors(model: ModelSpec, width: int) -> tuple[TrainedTensor, ...]:
+    return tuple(_iterate_base(model, width))
+
+
+def _iterate_base(model: ModelSpec, width: int) -> Iterator[TrainedTensor]:
     yield TrainedTensor(model.embedding_params // model.hidden_size, model.hidden_size, 1, width)
     for layer in model.layers:
         for matrix in layer.matrices:
@@ -162,10 +210,18 @@ def _matrix_tensors(matrix: Matrix, count: int, width: int) -> Iterator[TrainedT
         yield TrainedTensor(1, matrix.out_features, count * matrix.copies, width)
 
 
-def _adapter_tensors(setup: TrainSetup, model: ModelSpec) -> Iterator[TrainedTensor]:
-    width = trained_width(setup)
-    for layer, matrix in target_matrices(model, setup.targets):
-        rank, copies = adapter_rank(matrix, setup.rank), layer.count * matrix.copies
+@functools.lru_cache(maxsize=1024)
+def _adapter_tensors(
+    model: ModelSpec, targets: str | tuple[str, ...], rank: int, width: int
+) -> tuple[TrainedTensor, ...]:
+    return tuple(_iterate_adapters(model, targets, rank, width))
+
+
+def _iterate_adapters(
+    model: ModelSpec, targets: str | tuple[str, ...], asked_rank: int, width: int
+) -> Iterator[TrainedTensor]:
+    for layer, matrix in target_matrices(model, targets):
+        rank, copies = adapter_rank(matrix, asked_rank), layer.count * matrix.copies
         if matrix.kind == "parameter":
             # All experts' adapters are one pair, as their weights are one parameter.
             rank, copies = rank * matrix.copies, layer.count
@@ -173,7 +229,7 @@ def _adapter_tensors(setup: TrainSetup, model: ModelSpec) -> Iterator[TrainedTen
         yield TrainedTensor(matrix.out_features, rank, copies, width)
 
 
-def _states(optimizer: Optimizer, trained: list[TrainedTensor]) -> tuple[int, int]:
+def _states(optimizer: Optimizer, trained: Iterable[TrainedTensor]) -> tuple[int, int]:
     """Optimizer states on the device and in managed host memory."""
     device = host = 0
     for tensor in trained:
@@ -208,38 +264,49 @@ def constant_bytes(num_weights: int, rows: int, quant: str) -> int:
     return CODEBOOK_BYTES + 4 * blocks
 
 
-def _constants(setup: TrainSetup, model: ModelSpec) -> int:
-    if not setup.quant:
-        return 0
+@functools.lru_cache(maxsize=256)
+def _constants(model: ModelSpec, quant: str) -> int:
     sizes = (
-        layer.count * m.copies * constant_bytes(m.num_weights // m.copies, m.out_features, setup.quant)
+        layer.count * m.copies * constant_bytes(m.num_weights // m.copies, m.out_features, quant)
         for layer, m in quantised_matrices(model)
     )
     return sum(sizes)
 
 
-def _weights(setup: TrainSetup, model: ModelSpec) -> int:
-    if find_method(setup.method).trains_base:
-        return model.num_params * trained_width(setup)
-    width = unquantised_width(setup)
-    if not setup.quant:
-        return model.num_params * width
+def _weights(kept: _Kept, model: ModelSpec) -> int:
+    if kept.trains_base:
+        return _num_params(model) * kept.trained_width
+    if not kept.quant:
+        return _num_params(model) * kept.width
+    packed, num_packed = _packed(model, kept.quant)
+    return packed + (_num_params(model) - num_packed) * kept.width
+
+
+@functools.lru_cache(maxsize=256)
+def _num_params(model: ModelSpec) -> int:
+    return model.num_params
+
+
+@functools.lru_cache(maxsize=256)
+def _packed(model: ModelSpec, quant: str) -> tuple[int, int]:
+    """Bytes of the quantised matrices, and their elements."""
     packed = num_packed = 0
     for layer, matrix in quantised_matrices(model):
-        one = quantised_bytes(matrix.num_weights // matrix.copies, matrix.out_features, setup.quant)
+        one = quantised_bytes(matrix.num_weights // matrix.copies, matrix.out_features, quant)
         packed += layer.count * matrix.copies * one
         num_packed += layer.count * matrix.num_weights
-    return packed + (model.num_params - num_packed) * width
+    return packed, num_packed
 
 
-def _layer_bytes(setup: TrainSetup, layer: LayerSpec) -> int:
-    width = unquantised_width(setup)
-    if not setup.quant:
+@functools.lru_cache(maxsize=1024)
+def _layer_bytes(layer: LayerSpec, quant: str | None, width: int) -> int:
+    if not quant:
         return layer.num_params * width
     linears = [m for m in layer.matrices if m.kind != "parameter"]
-    packed = sum(m.copies * packed_bytes(m.num_weights // m.copies, setup.quant) for m in linears)
+    packed = sum(m.copies * packed_bytes(m.num_weights // m.copies, quant) for m in linears)
     return packed + (layer.num_params - sum(m.num_weights for m in linears)) * width
 
 
+@functools.lru_cache(maxsize=256)
 def _root_params(model: ModelSpec) -> int:
     return model.num_params - sum(layer.count * layer.num_params for layer in model.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from planner.errors import SetupError
@@ -35,7 +36,7 @@ def all_matrices(model: ModelSpec) -> Iterator[Target]:
         yield _outside_layer(model, matrix), matrix
 
 
-def target_matrices(model: ModelSpec, targets: str | Sequence[str]) -> list[Target]:
+def target_matrices(model: ModelSpec, targets: str | Sequence[str]) -> tuple[Target, ...]:
     """The matrices that PEFT 0.21 gives a LoRA adapter for `targets`.
 
     `all-linear` is every nn.Linear and Conv1D but the head. For the mixture-of-experts families that PEFT
@@ -43,12 +44,17 @@ def target_matrices(model: ModelSpec, targets: str | Sequence[str]) -> list[Targ
     parameters and the router, and no longer the dense layers' or shared experts' modules of these names.
     Raises SetupError("targets") naming the model's modules when a name matches nothing.
     """
+    return _target_matrices(model, targets if isinstance(targets, str) else tuple(targets))
+
+
+@functools.lru_cache(maxsize=1024)
+def _target_matrices(model: ModelSpec, targets: str | tuple[str, ...]) -> tuple[Target, ...]:
     everything = list(all_matrices(model))
     fused = _FUSED_NAMES.get(_conversion(model), {})
     if targets == ALL_LINEAR:
         chosen = [m for _, m in everything if _is_module(m) and m is not model.head]
         names = {m.module for m in chosen} | set(fused)
-        return [t for t in everything if t[1] is not model.head and _is_target(t[1], names, fused)]
+        return tuple(t for t in everything if t[1] is not model.head and _is_target(t[1], names, fused))
     wanted = [targets] if isinstance(targets, str) else list(targets)
     for name in wanted:
         if not any(_is_target(matrix, [name], fused) for _, matrix in everything):
@@ -56,7 +62,7 @@ def target_matrices(model: ModelSpec, targets: str | Sequence[str]) -> list[Targ
                 "targets", f"{name!r} matches no module of {model.name}; it has {_modules(model)}"
             )
     _check_fused_pairs(wanted, fused)
-    return [target for target in everything if _is_target(target[1], wanted, fused)]
+    return tuple(target for target in everything if _is_target(target[1], wanted, fused))
 
 
 def adapter_rank(matrix: Matrix, rank: int) -> int:

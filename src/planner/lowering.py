@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from planner.blocks import Recipe
 from planner.heads import LossBytes
 from planner.inventory import norm_width, unquantised_width
@@ -20,10 +22,6 @@ def block_recipe(
     """The widths and modules that decide what a block saves."""
     weight = unquantised_width(setup)
     compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
-    adapted: dict[str, int] = {}
-    if setup.uses_adapters:
-        targets = target_matrices(model, setup.targets)
-        adapted = {matrix.path: adapter_rank(matrix, setup.rank) for _, matrix in targets}
     return Recipe(
         weight=weight,
         norm=norm_width(setup),
@@ -31,7 +29,7 @@ def block_recipe(
         # A norm in float32 makes its layer's output float32, which the sum with the stream stays.
         stream=max(weight, norm_width(setup)),
         adapter=DTYPE_BYTES[setup.adapter_dtype],
-        adapted=adapted,
+        adapted=_adapted(model, setup.targets, setup.rank) if setup.uses_adapters else (),
         trains_base=find_method(setup.method).trains_base,
         autocast=setup.autocast is not None,
         quantised_bits=_QUANTISED_BITS[setup.quant],
@@ -45,6 +43,13 @@ def block_recipe(
         repeats_groups=repeats_groups(stack, model.family),
         reentrant=stack.is_before("transformers", 5),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _adapted(model: ModelSpec, targets: str | tuple[str, ...], rank: int) -> tuple[tuple[str, int], ...]:
+    """Each path once, though several kinds of layers may have it."""
+    found = target_matrices(model, targets)
+    return tuple({matrix.path: adapter_rank(matrix, rank) for _, matrix in found}.items())
 
 
 _QUANTISED_BITS = {None: 0, "nf4": 4, "nf4-double": 4, "fp4": 4, "int8": 8}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from planner.blocks import layer_memory
-from planner.heads import LossBytes, head_memory
+from planner.blocks import Recipe, layer_memory
+from planner.heads import head_memory
 from planner.inventory import take_inventory
 from planner.layers import target_matrices
 from planner.lowering import block_recipe, keeps_embeddings, loss_bytes
@@ -30,6 +31,23 @@ class _LayerKind:
     memory: BlockMemory
 
 
+@functools.lru_cache(maxsize=1024)
+def _layer_kinds(model: ModelSpec, recipe: Recipe, masked: tuple[bool, ...]) -> tuple[_LayerKind, ...]:
+    """Kinds of layers that differ only in number and window are built once."""
+    kinds = []
+    for layer, is_masked in zip(model.layers, masked, strict=True):
+        alike = replace(layer, count=1, window=None)
+        memory = layer_memory(alike, model.hidden_size, replace(recipe, is_masked=is_masked))
+        kinds.append(_LayerKind(layer.count, memory))
+    return tuple(kinds)
+
+
+@functools.lru_cache(maxsize=1024)
+def _without_layers(recipe: Recipe) -> Recipe:
+    """The model's end has neither adapters nor attention: setups that differ in those share it."""
+    return replace(recipe, adapted=(), adapter=0, dropout=False, attention="sdpa", has_flash=True)
+
+
 class Run:
     """What of a setup and model doesn't depend on the batch, per rank.
 
@@ -46,31 +64,16 @@ class Run:
         self._stack = parse_stack(setup.stack)
         self.keeps_embeddings = keeps_embeddings(setup, model, self._stack)
         self.recipe = block_recipe(setup, model, self._stack, on_gpu=on_gpu, has_flash=has_flash)
-        self._blocks: dict[tuple[bool, ...], list[_LayerKind]] = {}
         self._heads: dict[tuple[int, bool, bool], BlockMemory] = {}
-        self._built_heads: dict[LossBytes, BlockMemory] = {}
+        self._head_recipe = _without_layers(self.recipe)
         self._ranks = setup.num_gpus
         self._workspace = workspace_bytes
         self.buffers = self._exchange()
 
-    def blocks(self, seq_len: int) -> list[_LayerKind]:
+    def blocks(self, seq_len: int) -> tuple[_LayerKind, ...]:
         """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
         masked = tuple(self._is_masked(layer, seq_len) for layer in self.model.layers)
-        if masked not in self._blocks:
-            self._blocks[masked] = self._build_blocks(masked)
-        return self._blocks[masked]
-
-    def _build_blocks(self, masked: tuple[bool, ...]) -> list[_LayerKind]:
-        """Kinds of layers that differ only in number and window are built once."""
-        built: dict[tuple[LayerSpec, bool], BlockMemory] = {}
-        kinds = []
-        for layer, is_masked in zip(self.model.layers, masked, strict=True):
-            alike = (replace(layer, count=1, window=None), is_masked)
-            if alike not in built:
-                recipe = replace(self.recipe, is_masked=is_masked)
-                built[alike] = layer_memory(layer, self.model.hidden_size, recipe)
-            kinds.append(_LayerKind(layer.count, built[alike]))
-        return kinds
+        return _layer_kinds(self.model, self.recipe, masked)
 
     def _is_masked(self, layer: LayerSpec, seq_len: int) -> bool:
         if self.setup.attention != "sdpa":
@@ -97,14 +100,10 @@ class Run:
         asked = (tokens, ends_at_logits, evaluates)
         if asked not in self._heads:
             kind = loss_bytes(self.setup, self.model, self._stack, tokens, evaluates)
-            self._heads[asked] = self._build_head(replace(kind, ends_at_logits=ends_at_logits))
-        return self._heads[asked]
-
-    def _build_head(self, kind: LossBytes) -> BlockMemory:
-        if kind not in self._built_heads:
+            kind = replace(kind, ends_at_logits=True) if ends_at_logits else kind
             norm = self.model.layers[-1].norm
-            self._built_heads[kind] = head_memory(self.model, norm, self.recipe, kind)
-        return self._built_heads[kind]
+            self._heads[asked] = head_memory(self.model, norm, self._head_recipe, kind)
+        return self._heads[asked]
 
     def static(self) -> dict[str, float]:
         """What every phase of a running step holds, per rank: weights, adapters, optimizer states, workspace."""

@@ -121,6 +121,16 @@ class ModelSpec:
     source: str | None = None
     note: str | None = None
     config: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Hash once: what is computed from a model is remembered by it."""
+        shapes = (self.name, self.hub_id, self.layers, self.embedding_params, self.head, self.outside)
+        object.__setattr__(self, "_hash", hash(shapes))
+
+    def __hash__(self) -> int:
+        """Equal models have equal hashes; `config` is in neither."""
+        return self._hash
 
     @property
     def num_layers(self) -> int:

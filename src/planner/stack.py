@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ def repeats_groups(stack: Stack, family: str) -> bool:
     return until is not None and stack.is_before("transformers", *until)
 
 
+@functools.lru_cache(maxsize=256)
 def parse_stack(text: str | None) -> Stack:
     """The stack that a setup names; the newest known where it names none.
 

@@ -118,13 +118,18 @@ class Peaks:
 
     def at(self, tokens: int, seq_len: int) -> dict[str, float]:
         """The largest candidate's bytes by category, for that many tokens in rows of `seq_len`."""
-        best, best_total = [0.0] * 4, -1.0
+        pairs = tokens * seq_len
+        best, best_total = NOTHING, -1.0
         for snapshot in self.snapshots:
-            sizes = [evaluate(s, tokens, seq_len) for s in snapshot]
-            total = sum(sizes)
+            a, b, c, d = snapshot
+            total = (
+                (a[0] + b[0] + c[0] + d[0])
+                + (a[1] + b[1] + c[1] + d[1]) * tokens
+                + (a[2] + b[2] + c[2] + d[2]) * pairs
+            )
             if total > best_total:
-                best, best_total = sizes, total
-        return dict(zip(CATEGORIES, best, strict=True))
+                best, best_total = snapshot, total
+        return {name: s[0] + s[1] * tokens + s[2] * pairs for name, s in zip(CATEGORIES, best, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)

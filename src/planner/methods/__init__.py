@@ -48,6 +48,7 @@ def methods() -> dict[str, Method]:
     return {method.name: method for method in found}
 
 
+@cache
 def find_method(name: str) -> Method:
     """The method of that name; UnknownNameError with the nearest names otherwise."""
     folder = Path(__file__).parent
