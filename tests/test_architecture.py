@@ -216,7 +216,7 @@ MAPS = {
     "bound": "seconds by resource",
     "flops": "FLOP/s by dtype",
 }
-LABELS = {"seed", "compute_capability"}
+LABELS = {"seed", "compute_capability", "_hash"}
 
 
 def numeric_fields() -> list[tuple[str, str]]:

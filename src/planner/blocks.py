@@ -66,7 +66,7 @@ class Recipe:
     reentrant: bool = False
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def layer_memory(layer: LayerSpec, hidden_size: int, recipe: Recipe) -> BlockMemory:
     """One decoder or encoder layer: what it saves, and its peaks."""
     block = Block(recipe)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 from planner.catalog import usable_bytes_or_bound
 from planner.checks import check, warnings
-from planner.memory import MemoryModel, estimate_memory
+from planner.memory import MemoryModel
 from planner.resolve import resolve_model
 from planner.results import Estimate, Memory
 from planner.setup import TrainSetup
@@ -40,9 +42,11 @@ def estimate(setup: TrainSetup, machine: Machine, model: ModelSpec | None = None
 
 def estimate_many(setups: Iterable[TrainSetup], machine: Machine) -> Iterator[Estimate]:
     """`estimate` of each setup, in order; a model is resolved once for all of them. Raises as `estimate` does."""
-    models = _Models()
+    batch = _Batch(machine)
     for setup in setups:
-        yield estimate(setup, machine, models.find(setup))
+        model = batch.model(setup)
+        memory = batch.memory_model(setup, model)
+        yield Estimator(setup, machine, model, memory).at(setup.micro_batch_size, setup.seq_len)
 
 
 def memory_many(setups: Iterable[TrainSetup], machine: Machine) -> Iterator[Memory]:
@@ -50,24 +54,46 @@ def memory_many(setups: Iterable[TrainSetup], machine: Machine) -> Iterator[Memo
 
     Raises SetupError and what resolving a model raises.
     """
-    models = _Models()
+    batch = _Batch(machine)
     for setup in setups:
-        yield estimate_memory(setup, models.find(setup), **_facts(machine))
+        owner = batch.memory_model(setup, batch.model(setup))
+        yield owner.at(setup.micro_batch_size, setup.seq_len)
 
 
-class _Models:
-    """The models of a batch of setups, each resolved once."""
+_MOST_KEPT = 1024
+"""Models, and setups without their batches, that a batch of setups remembers."""
+_BATCH_FIELDS = ("micro_batch_size", "seq_len")
+_decisive = attrgetter(*(f.name for f in fields(TrainSetup) if f.name not in ("model", *_BATCH_FIELDS)))
 
-    def __init__(self) -> None:
-        self._found: dict[Hashable, tuple[TrainSetup, ModelSpec]] = {}
 
-    def find(self, setup: TrainSetup) -> ModelSpec:
+class _Batch:
+    """What the setups of a batch share: models, and everything of their memory but its evaluation."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._facts = _facts(machine)
+        self._models: dict[Hashable, tuple[TrainSetup, ModelSpec]] = {}
+        self._owners: dict[Hashable, MemoryModel] = {}
+
+    def model(self, setup: TrainSetup) -> ModelSpec:
         name = setup.model if isinstance(setup.model, str) else id(setup.model)
         key = (name, setup.revision, setup.stack, setup.objective)
-        if key not in self._found:
+        if key not in self._models:
+            _make_room(self._models)
             # The setup is kept with it, because another mapping could get the id of one that is gone.
-            self._found[key] = setup, resolve(setup)
-        return self._found[key][1]
+            self._models[key] = setup, resolve(setup)
+        return self._models[key][1]
+
+    def memory_model(self, setup: TrainSetup, model: ModelSpec) -> MemoryModel:
+        key = (model, _decisive(setup))
+        if key not in self._owners:
+            _make_room(self._owners)
+            self._owners[key] = MemoryModel(setup, model, **self._facts)
+        return self._owners[key]
+
+
+def _make_room(kept: dict[Hashable, Any]) -> None:
+    if len(kept) >= _MOST_KEPT:
+        kept.clear()
 
 
 def _facts(machine: Machine) -> dict[str, Any]:
@@ -78,12 +104,18 @@ def _facts(machine: Machine) -> dict[str, Any]:
 class Estimator:
     """The same setup at many batch sizes and lengths, with everything else computed once."""
 
-    def __init__(self, setup: TrainSetup, machine: Machine, model: ModelSpec | None = None) -> None:
-        """Raises as `estimate` does."""
+    def __init__(
+        self,
+        setup: TrainSetup,
+        machine: Machine,
+        model: ModelSpec | None = None,
+        memory: MemoryModel | None = None,
+    ) -> None:
+        """`memory` is that of the same setup, whatever its batch. Raises as `estimate` does."""
         self.setup, self.machine = setup, machine
         self.model = resolve(setup) if model is None else model
         check(setup, machine, self.model)
-        self._memory = MemoryModel(setup, self.model, **_facts(machine))
+        self._memory = memory or MemoryModel(setup, self.model, **_facts(machine))
         self.usable_bytes, self.usable_source = usable_memory(machine)
 
     def memory(self, micro_batch_size: int, seq_len: int) -> Memory:

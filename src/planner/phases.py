@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from planner.blocks import Recipe, layer_memory
-from planner.heads import head_memory
+from planner.heads import LossBytes, head_memory
 from planner.inventory import take_inventory
 from planner.layers import target_matrices
 from planner.lowering import block_recipe, keeps_embeddings, loss_bytes
@@ -31,7 +31,7 @@ class _LayerKind:
     memory: BlockMemory
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=8192)
 def _layer_kinds(model: ModelSpec, recipe: Recipe, masked: tuple[bool, ...]) -> tuple[_LayerKind, ...]:
     """Kinds of layers that differ only in number and window are built once."""
     kinds = []
@@ -40,6 +40,11 @@ def _layer_kinds(model: ModelSpec, recipe: Recipe, masked: tuple[bool, ...]) -> 
         memory = layer_memory(alike, model.hidden_size, replace(recipe, is_masked=is_masked))
         kinds.append(_LayerKind(layer.count, memory))
     return tuple(kinds)
+
+
+@functools.lru_cache(maxsize=1024)
+def _up_to_logits(kind: LossBytes) -> LossBytes:
+    return replace(kind, ends_at_logits=True)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -100,7 +105,7 @@ class Run:
         asked = (tokens, ends_at_logits, evaluates)
         if asked not in self._heads:
             kind = loss_bytes(self.setup, self.model, self._stack, tokens, evaluates)
-            kind = replace(kind, ends_at_logits=True) if ends_at_logits else kind
+            kind = _up_to_logits(kind) if ends_at_logits else kind
             norm = self.model.layers[-1].norm
             self._heads[asked] = head_memory(self.model, norm, self._head_recipe, kind)
         return self._heads[asked]
@@ -371,10 +376,9 @@ class Step:
     def _eval(self) -> dict[str, float]:
         """The head, or a layer beside its input and the embeddings' output, which the model's forward holds."""
         setup, run = self.run.setup, self.run
-        rows = setup.eval_batch_size or setup.micro_batch_size
-        tokens = round(self.tokens * rows / setup.micro_batch_size)
+        tokens = self.tokens if setup.eval_batch_size is None else setup.eval_batch_size * self.seq_len
         copies = {"workspace": self._autocast_copies(with_head=setup.loss == "full") + run.buffers.eval}
-        held = {"activations": 2.0 * self.stream * rows / setup.micro_batch_size}
+        held = {"activations": 2.0 * self.stream * tokens / self.tokens}
         head = run.head(tokens, evaluates=True).no_grad
         peaks = [self._plus(copies, head.at(tokens, self.seq_len))]
         for block in self.blocks:

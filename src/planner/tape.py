@@ -115,20 +115,20 @@ class Peaks:
     """Candidates for a peak, each split by category; the largest depends on tokens and seq_len."""
 
     snapshots: tuple[Snapshot, ...]
+    _totals: tuple[Size, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """All categories of each candidate together, which decide between them."""
+        object.__setattr__(self, "_totals", tuple(_sum(snapshot) for snapshot in self.snapshots))
 
     def at(self, tokens: int, seq_len: int) -> dict[str, float]:
         """The largest candidate's bytes by category, for that many tokens in rows of `seq_len`."""
         pairs = tokens * seq_len
-        best, best_total = NOTHING, -1.0
-        for snapshot in self.snapshots:
-            a, b, c, d = snapshot
-            total = (
-                (a[0] + b[0] + c[0] + d[0])
-                + (a[1] + b[1] + c[1] + d[1]) * tokens
-                + (a[2] + b[2] + c[2] + d[2]) * pairs
-            )
-            if total > best_total:
-                best, best_total = snapshot, total
+        best, most = NOTHING, -1.0
+        for snapshot, (x, y, z) in zip(self.snapshots, self._totals, strict=True):
+            total = x + y * tokens + z * pairs
+            if total > most:
+                best, most = snapshot, total
         return {name: s[0] + s[1] * tokens + s[2] * pairs for name, s in zip(CATEGORIES, best, strict=True)}
 
 
@@ -310,7 +310,8 @@ class _Backward:
         mine = self._gradients.pop(id(op.output))
         wanted = [t for t in op.inputs if t.needs_grad]
         made = [mine if op.shares_grad and t.gradient == mine.size else self._allocate(t) for t in wanted]
-        self._change(GRADIENTS, op.weight_grad, 1)
+        if op.weight_grad is not ZERO:
+            self._change(GRADIENTS, op.weight_grad, 1)
         moment = self._snapshot()
         self.snapshots.append(moment if op.grad_temp is ZERO else _with(moment, WORKSPACE, op.grad_temp))
         for gradient in made:
@@ -389,16 +390,17 @@ def _plus(snapshots: Iterable[Snapshot], extra: Snapshot) -> list[Snapshot]:
 
 def _prune(snapshots: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
     """Drop the candidates that another one exceeds at every batch and length."""
-    front: list[tuple[float, float, float, Snapshot]] = []
-    for snapshot in snapshots:
-        a, b, c, d = snapshot
-        x, y, z = a[0] + b[0] + c[0] + d[0], a[1] + b[1] + c[1] + d[1], a[2] + b[2] + c[2] + d[2]
-        kept = []
-        for other in front:
-            if other[0] >= x and other[1] >= y and other[2] >= z:
+    totals = [
+        (a[1] + b[1] + c[1] + d[1], a[0] + b[0] + c[0] + d[0], a[2] + b[2] + c[2] + d[2], (a, b, c, d))
+        for a, b, c, d in snapshots
+    ]
+    # In falling order a candidate can only be exceeded by one before it.
+    totals.sort(reverse=True)
+    front: list[tuple[float, float, Snapshot]] = []
+    for _, x, z, snapshot in totals:
+        for most_x, most_z, _ in front:
+            if most_x >= x and most_z >= z:
                 break
-            if other[0] > x or other[1] > y or other[2] > z:
-                kept.append(other)
         else:
-            front = [*kept, (x, y, z, snapshot)]
-    return tuple(entry[3] for entry in front)
+            front.append((x, z, snapshot))
+    return tuple(entry[2] for entry in front)
