@@ -8,7 +8,6 @@ evenly loaded.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 from planner import kernels
@@ -66,7 +65,6 @@ class Recipe:
     reentrant: bool = False
 
 
-@functools.lru_cache(maxsize=4096)
 def layer_memory(layer: LayerSpec, hidden_size: int, recipe: Recipe) -> BlockMemory:
     """One decoder or encoder layer: what it saves, and its peaks."""
     block = Block(recipe)

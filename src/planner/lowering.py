@@ -86,22 +86,27 @@ def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, e
     if setup.loss == "fused":
         chunk = liger_chunk_tokens(model, tokens)
         return LossBytes(chunk_tokens=chunk, chunk_width=compute)
+    is_old = stack.is_before("transformers", 4, 50)
+    has_own_loss = model.family in _OWN_LOSS_FAMILIES
     return _all_logits(
-        is_old=stack.is_before("transformers", 4, 50),
-        has_own_loss=model.family in _OWN_LOSS_FAMILIES,
+        is_old=is_old,
+        keeps_16bit=not (is_old and (has_own_loss or stack.is_before("transformers", 4, 46))),
         in_place_grad=setup.kernels == "fused",
+        scaled=has_own_loss,
         capped=model.logit_softcap,
     )
 
 
 @functools.cache
-def _all_logits(*, is_old: bool, has_own_loss: bool, in_place_grad: bool, capped: bool) -> LossBytes:
+def _all_logits(
+    *, is_old: bool, keeps_16bit: bool, in_place_grad: bool, scaled: bool, capped: bool
+) -> LossBytes:
     return LossBytes(
         shift_copy=is_old,
-        keeps_16bit=not (is_old and (has_own_loss or stack.is_before("transformers", 4, 46))),
+        keeps_16bit=keeps_16bit,
         keeps_input=is_old,
         in_place_grad=in_place_grad,
-        scaled=has_own_loss,
+        scaled=scaled,
         capped=capped,
     )
 

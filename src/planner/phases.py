@@ -31,13 +31,16 @@ class _LayerKind:
     memory: BlockMemory
 
 
+_layer_memory = functools.lru_cache(maxsize=4096)(layer_memory)
+
+
 @functools.lru_cache(maxsize=8192)
 def _layer_kinds(model: ModelSpec, recipe: Recipe, masked: tuple[bool, ...]) -> tuple[_LayerKind, ...]:
     """Kinds of layers that differ only in number and window are built once."""
     kinds = []
     for layer, is_masked in zip(model.layers, masked, strict=True):
         alike = replace(layer, count=1, window=None)
-        memory = layer_memory(alike, model.hidden_size, replace(recipe, is_masked=is_masked))
+        memory = _layer_memory(alike, model.hidden_size, replace(recipe, is_masked=is_masked))
         kinds.append(_LayerKind(layer.count, memory))
     return tuple(kinds)
 
