@@ -24,6 +24,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "tokenizers",
     ),
     "export": ("trl", "deepspeed"),
+    "plot": ("matplotlib",),
 }
 """What `pip install 'finefit[EXTRA]'` makes importable."""
 

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from planner.errors import FinefitError, UsageError
 from planner.results import SCHEMA_VERSION, Estimate
 from planner.setup import TrainSetup
 from planner.specs import Machine
 
+
+class Answered(Protocol):
+    """An answer to one case."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that a program reads."""
+
+
 Answer = Callable[[TrainSetup, Machine], Estimate]
 """The closed form or the trace."""
+AnyAnswer = Callable[[TrainSetup, Machine], Answered]
+"""One of these, or a trace with more than its estimate."""
 FindMachine = Callable[[str, dict[str, Any]], Machine]
 """`--gpu`'s words and the setup's fields -> the machine; puts the number of GPUs into the fields."""
 
 
 def answer_cases(
-    lines: Iterable[bytes], answer: Answer, find_machine: FindMachine, gpu: str | None = None
+    lines: Iterable[bytes], answer: AnyAnswer, find_machine: FindMachine, gpu: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """An estimate's JSON, or `id` and `error`, for each line that isn't blank.
 
@@ -31,7 +41,7 @@ def answer_cases(
 
 
 def _answer_line(
-    line: bytes, number: int, answer: Answer, find_machine: FindMachine, gpu: str | None
+    line: bytes, number: int, answer: AnyAnswer, find_machine: FindMachine, gpu: str | None
 ) -> dict[str, Any]:
     case: Mapping[str, Any] = {}
     try:

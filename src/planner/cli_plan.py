@@ -87,7 +87,7 @@ def estimate_command(
         return 0
     if model is None:
         raise UsageError("which model? `finefit estimate MODEL --gpu GPU`, or --cases FILE")
-    setup, machine = _setup_and_machine(session, model, gpu, fields)
+    setup, machine = setup_and_machine(session, model, gpu, fields)
     found = answer(setup, machine)
     click.echo(format_json(found.to_json()) if as_json else format_estimate(found, terminal_width()))
     return exit_code(found)
@@ -118,7 +118,7 @@ def _estimate_online(setup: TrainSetup, machine: Machine) -> Estimate:
     return estimate(setup, machine, resolve(setup, offline=False))
 
 
-def _setup_and_machine(
+def setup_and_machine(
     session: Session, model: str, gpu: str | None, fields: dict[str, Any]
 ) -> tuple[TrainSetup, Machine]:
     """From a model's name and options, or from a plan file with the options on top."""
@@ -148,11 +148,12 @@ def _print_cases(session: Session, name: str, answer: Answer, gpu: str | None, a
     def find_machine(words: str, fields: dict[str, Any]) -> Machine:
         return resolve_machine(session, words, fields)
 
-    for result in answer_cases(_case_lines(name), answer, find_machine, gpu):
+    for result in answer_cases(case_lines(name), answer, find_machine, gpu):
         click.echo(format_json(result) if as_json else format_case_line(result))
 
 
-def _case_lines(name: str) -> Iterator[bytes]:
+def case_lines(name: str) -> Iterator[bytes]:
+    """The lines of a file of cases; - is stdin. Raises FinefitError where it can't be read."""
     if name == "-":
         yield from sys.stdin.buffer
         return

@@ -80,22 +80,29 @@ class CachingAllocator:
         num_bytes: int,
         pool: Pool,
         *,
-        base: int | None,
         used: Iterable[tuple[int, int, int]],
+        base: int | None = None,
+        can_grow: bool = False,
     ) -> None:
-        """Put a segment there as it was found, with `used` blocks (key, address, bytes) in rising order."""
-        rest = Block(address, num_bytes, pool, base)
+        """Put a segment there as it was found, with `used` blocks (key, address, bytes) in rising order.
+
+        `can_grow` keeps addresses behind an expandable one.
+        """
+        rest = Block(address, num_bytes + (EXPANDABLE_SPACE_BYTES if can_grow else 0), pool, base)
         self._reserve(num_bytes)
+        if can_grow:
+            unmapped = self._cut(rest, num_bytes)
+            unmapped.is_mapped = False
+            insort(pool.unmapped, unmapped, key=address_of)
         for key, start, size in used:
             if start > rest.address:
                 gap, rest = rest, self._cut(rest, start - rest.address)
                 pool.add(gap)
-            block = rest
-            rest_bytes = block.num_bytes - size
-            if rest_bytes:
+            block, remaining = rest, rest.num_bytes - size
+            if remaining:
                 rest = self._cut(block, size)
             self._take(key, block)
-            if not rest_bytes:
+            if not remaining:
                 return
         pool.add(rest)
 

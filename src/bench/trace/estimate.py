@@ -1,16 +1,18 @@
-"""An Estimate whose memory comes from a trace: what `finefit estimate --trace` prints."""
+"""A traced step on a machine: the Estimate that `finefit estimate --trace` prints, and what `finefit trace` adds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+from bench.trace.allocator_rules import AllocatorRules
 from bench.trace.recording import Recording
-from bench.trace.replay import replay
-from bench.trace.run import TraceResult, trace
+from bench.trace.replay import Replay, replay
+from bench.trace.run import Progress, TraceResult, trace
 from planner.errors import NotModelledError
 from planner.estimate import estimate, resolve
-from planner.memory import MemoryModel
+from planner.memory import CUBLAS_HANDLES, MemoryModel
 from planner.results import PHASES, TERMS, Estimate, Memory
 from planner.setup import TrainSetup
 from planner.specs import Machine
@@ -36,8 +38,76 @@ def check_traceable(setup: TrainSetup) -> None:
             raise NotModelledError(f"{field}: {message} (or estimate without --trace)")
 
 
-def trace_estimate(setup: TrainSetup, machine: Machine, *, all_layers: bool = False) -> Estimate:
-    """The estimate of `setup` on `machine` with the memory of its traced step; the rest is the closed form's.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traced:
+    """One setup's traced step on one machine.
+
+    `workspace_bytes` is what cuBLAS holds for itself. `usable_bytes` is what torch can have of one card, None where
+    that is unknown.
+    """
+
+    estimate: Estimate
+    result: TraceResult
+    workspace_bytes: int
+    usable_bytes: int | None
+
+    def requests(self) -> Iterator[tuple[int, int]]:
+        """What the allocator is asked for: the step's storages by number, cuBLAS' workspaces below 0."""
+        return _requests(self.result.timeline, self.workspace_bytes)
+
+    def replayed(self, *, expandable: bool = False, capacity_bytes: int | None = None) -> Replay:
+        """The step through the caching allocator, with `expandable_segments` or without."""
+        return replay(
+            self.requests(), rules=AllocatorRules(expandable=expandable), capacity_bytes=capacity_bytes
+        )
+
+    def failure(self, replayed: Replay) -> dict[str, str] | None:
+        """What the request was for that wasn't served; None where all were."""
+        if replayed.failed_key is None:
+            return None
+        if replayed.failed_key < 0:
+            return {"phase": "forward", "operator": "cuBLAS workspace", "module": ""}
+        storage = self.result.timeline.storages[replayed.failed_key]
+        return {"phase": storage.phase, "operator": storage.op, "module": storage.module}
+
+    def to_json(self) -> dict[str, Any]:
+        """The estimate of the JSON contract with what was traced under `trace`; sizes in bytes."""
+        result = self.result
+        found = {
+            "peak": {"phase": result.peak_phase, "operator": result.operator, "module": result.module},
+            "num_layers": result.depths.num_layers,
+            "traced_layers": list(result.depths.shallow or (result.depths.num_layers,)),
+            "num_allocations": len(result.timeline.storages),
+            "largest": [asdict(tensor) for tensor in result.largest],
+            "replay": None,
+        }
+        if self.workspace_bytes:
+            names = {"default": False, "expandable_segments": True}
+            found["replay"] = {name: self._replay_json(expandable) for name, expandable in names.items()}
+        return {**self.estimate.to_json(), "trace": found}
+
+    def _replay_json(self, expandable: bool) -> dict[str, Any]:
+        free = self.replayed(expandable=expandable)
+        found: dict[str, Any] = {
+            "peak_reserved_bytes": free.peak_reserved_bytes,
+            "fragmentation_bytes": free.fragmentation_bytes,
+            "on_this_gpu": None,
+        }
+        if self.usable_bytes is not None:
+            limited = self.replayed(expandable=expandable, capacity_bytes=self.usable_bytes)
+            failed = self.failure(limited)
+            found["on_this_gpu"] = {
+                "is_served": failed is None,
+                "num_retries": limited.num_retries,
+                "failed_at": failed,
+            }
+        return found
+
+
+def trace_on(
+    setup: TrainSetup, machine: Machine, *, all_layers: bool = False, progress: Progress | None = None
+) -> Traced:
+    """Trace the step of `setup` on `machine`; what isn't memory is the closed form's.
 
     Raises NotModelledError for what can't be traced, and what planner.estimate.estimate and
     bench.trace.run.trace raise.
@@ -45,11 +115,11 @@ def trace_estimate(setup: TrainSetup, machine: Machine, *, all_layers: bool = Fa
     check_traceable(setup)
     answer = estimate(setup, machine)
     on_gpu = machine.gpu.backend != "cpu"
-    traced = trace(setup, on_gpu=on_gpu, all_layers=all_layers)
+    traced = trace(setup, on_gpu=on_gpu, all_layers=all_layers, progress=progress)
     workspace = _workspace_bytes(setup, machine, on_gpu)
     memory = _memory(traced, answer.memory, workspace, on_gpu)
     usable_bytes = (answer.fit.usable_bytes or 0) + answer.memory.terms["context"]
-    return replace(
+    found = replace(
         answer,
         memory=memory,
         fit=judge(memory, usable_bytes, setup.num_gpus),
@@ -57,6 +127,14 @@ def trace_estimate(setup: TrainSetup, machine: Machine, *, all_layers: bool = Fa
         not_modelled=(NOT_REPLAYED,) if on_gpu else (),
         source="trace",
     )
+    return Traced(
+        estimate=found, result=traced, workspace_bytes=workspace, usable_bytes=answer.fit.usable_bytes
+    )
+
+
+def trace_estimate(setup: TrainSetup, machine: Machine, *, all_layers: bool = False) -> Estimate:
+    """The estimate of `setup` on `machine` with the memory of its traced step; see trace_on."""
+    return trace_on(setup, machine, all_layers=all_layers).estimate
 
 
 def _how(traced: TraceResult) -> str:
@@ -94,6 +172,11 @@ def _fragmentation(traced: TraceResult, workspace: int) -> int:
     return max(0, replayed.peak_reserved_bytes - traced.peak_bytes - workspace)
 
 
-def _requests(recording: Recording, workspace: int) -> Iterator[tuple[int, int]]:
-    yield -1, workspace
-    yield from recording.requests()
+def _requests(timeline: Recording, workspace: int) -> Iterator[tuple[int, int]]:
+    """cuBLAS makes a workspace at a thread's first product: the forward's, then autograd's."""
+    starts = [
+        next((mark.at for mark in timeline.marks if mark.phase == phase), 0)
+        for phase in ("forward", "backward")
+    ]
+    extra = {at: (-1 - i, workspace // CUBLAS_HANDLES) for i, at in enumerate(starts)}
+    return timeline.requests(extra if workspace else None)

@@ -97,9 +97,14 @@ class Recording:
             total += self._sizes[event] if event >= 0 else -self._sizes[~event]
             yield total
 
-    def requests(self) -> Iterator[tuple[int, int]]:
-        """The run as the device's allocator sees it: (number, bytes) allocates, (number, -1) frees."""
-        for event in self.events:
+    def requests(self, extra: Mapping[int, tuple[int, int]] | None = None) -> Iterator[tuple[int, int]]:
+        """The run as the device's allocator sees it: (number, bytes) allocates, (number, -1) frees.
+
+        `extra` gives requests that come before the event at a position.
+        """
+        for at, event in enumerate(self.events):
+            if extra and at in extra:
+                yield extra[at]
             storage = self.storages[event if event >= 0 else ~event]
             if self._sizes[storage.number]:
                 yield storage.number, storage.num_bytes if event >= 0 else -1

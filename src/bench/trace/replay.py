@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench.trace.allocator import CachingAllocator
+from bench.trace.allocator import CachingAllocator, OutOfMemoryError
 from bench.trace.allocator_rules import AllocatorRules
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replay:
-    """Peaks of one replayed run in bytes; `num_retries` counts how often the cache had to be emptied."""
+    """Peaks of one replayed run in bytes; `num_retries` counts how often the cache had to be emptied.
+
+    `failed_key` is the request for which even that didn't make room, None where the whole run was served.
+    """
 
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     num_retries: int
+    failed_key: int | None = None
+
+    @property
+    def fragmentation_bytes(self) -> int:
+        """Reserved at its highest, less allocated at its highest."""
+        return self.peak_reserved_bytes - self.peak_allocated_bytes
 
 
 def replay(
@@ -24,23 +33,36 @@ def replay(
     capacity_bytes: int | None = None,
     rules: AllocatorRules | None = None,
 ) -> Replay:
-    """Play `requests`: (key, bytes) allocates, (key, -1) frees.
-
-    Raises OutOfMemoryError where `capacity_bytes` isn't enough.
-    """
+    """Play `requests`: (key, bytes) allocates, (key, -1) frees; ends early where `capacity_bytes` isn't enough."""
     allocator = CachingAllocator(rules, capacity_bytes=capacity_bytes)
+    failed_key = None
     for key, num_bytes in requests:
         if num_bytes < 0:
             allocator.free(key)
-        else:
+            continue
+        try:
             allocator.allocate(key, num_bytes)
-    return result_of(allocator)
-
-
-def result_of(allocator: CachingAllocator) -> Replay:
-    """The peaks of what an allocator has served so far."""
+        except OutOfMemoryError:
+            failed_key = key
+            break
     return Replay(
         peak_allocated_bytes=allocator.peak_allocated_bytes,
         peak_reserved_bytes=allocator.peak_reserved_bytes,
         num_retries=allocator.num_retries,
+        failed_key=failed_key,
     )
+
+
+def reserved_levels(requests: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(key, bytes reserved) of each request that makes a run's reserved memory grow."""
+    allocator = CachingAllocator()
+    levels = []
+    for key, num_bytes in requests:
+        before = allocator.reserved_bytes
+        if num_bytes < 0:
+            allocator.free(key)
+        else:
+            allocator.allocate(key, num_bytes)
+        if allocator.reserved_bytes > before:
+            levels.append((key, allocator.reserved_bytes))
+    return levels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +82,13 @@ class TraceResult:
         return self.phases[self.peak_phase].terms
 
 
-def trace(setup: TrainSetup, *, on_gpu: bool = True, all_layers: bool = False) -> TraceResult:
+Progress = Callable[[str, int, int], None]
+"""Called with what is done next, and which of how many parts that is (from 0)."""
+
+
+def trace(
+    setup: TrainSetup, *, on_gpu: bool = True, all_layers: bool = False, progress: Progress | None = None
+) -> TraceResult:
     """Trace two optimizer steps of `setup` on one rank.
 
     `on_gpu`: allocate as CUDA would; False: as this CPU's own kernels do. `all_layers` traces the whole depth;
@@ -90,17 +96,19 @@ def trace(setup: TrainSetup, *, on_gpu: bool = True, all_layers: bool = False) -
     Raises what bench.build.build_model raises, and SetupError for an unknown optimizer.
     """
     find_optimizer(setup.optimizer)
+    say = progress or _say_nothing
     with _quiet():
+        say("the model's layers", 0, 3)
         config = load_config(setup, None)
         depths = _depths(setup, config)
         if all_layers:
             depths = Depths(depths.num_layers, None)
-        recordings = _record_depths(setup, config, depths, on_gpu)
+        recordings = _record_depths(setup, config, depths, on_gpu, say)
         try:
             timeline = stitch(recordings, depths) if depths.shallow else recordings[0]
         except NotPeriodicError:
             depths = Depths(depths.num_layers, None)
-            recordings = _record_depths(setup, config, depths, on_gpu)
+            recordings = _record_depths(setup, config, depths, on_gpu, say)
             timeline = recordings[0]
     phases = phase_peaks(recordings, depths, NUM_STEPS)
     phases |= {p: v for p, v in phase_peaks(recordings, depths, 0).items() if p == "load"}
@@ -117,9 +125,18 @@ def trace(setup: TrainSetup, *, on_gpu: bool = True, all_layers: bool = False) -
     )
 
 
-def _record_depths(setup: TrainSetup, config: Any, depths: Depths, on_gpu: bool) -> tuple[Recording, ...]:
-    layers = depths.shallow or (depths.num_layers,)
-    return tuple(record(_with_layers(setup, config, n, depths), on_gpu=on_gpu) for n in layers)
+def _say_nothing(text: str, part: int, num_parts: int) -> None:
+    pass
+
+
+def _record_depths(
+    setup: TrainSetup, config: Any, depths: Depths, on_gpu: bool, say: Progress
+) -> tuple[Recording, ...]:
+    recordings = []
+    for part, layers in enumerate(depths.shallow or (depths.num_layers,), 1):
+        say(f"the step with {layers} of {depths.num_layers} layers", part, 3)
+        recordings.append(record(_with_layers(setup, config, layers, depths), on_gpu=on_gpu))
+    return tuple(recordings)
 
 
 _REPORTED = ("load", "forward", "loss", "backward", "optimizer", "save", "eval")
