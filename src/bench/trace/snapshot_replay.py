@@ -240,8 +240,7 @@ def _segment(start: int, state: _State, addresses: Sequence[int], rules: Allocat
         is_small=stretch.is_small,
         is_expandable=stretch.is_expandable,
         blocks=tuple(
-            (a, _block_bytes(state.used[a], stop - a, is_fine, rules))
-            for a, stop in pairwise([*inside, end])
+            (a, _block_bytes(state.used[a], stop - a, is_fine, rules)) for a, stop in pairwise([*inside, end])
         ),
     )
 
