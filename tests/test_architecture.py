@@ -29,6 +29,7 @@ LAYERS = (
     ("errors", "units", "specs", "tape", "stack", "sharding", "render", "dataset_formats"),
     (
         "files",
+        "contexts",
         "setup",
         "hub",
         "gpu_names",

@@ -255,3 +255,22 @@ def test_fsdp_holds_whole_gradients_between_micro_batches(sharding):
     # At the highest moment of the single micro-batch a layer's gradients and the head's are whole anyway.
     assert 0.5 * whole < often.phases["backward"] - once.phases["backward"] <= whole
     assert often.phases["optimizer"] == once.phases["optimizer"]
+
+
+def test_a_context_is_the_published_one_of_its_architecture() -> None:
+    import doctest
+
+    from planner import contexts
+    from planner.catalog import find_gpu
+    from planner.estimate import estimate
+    from planner.specs import Machine
+
+    assert doctest.testmod(contexts).failed == 0
+    for gpu, (size, source) in {
+        "t4": contexts.CONTEXTS[7, 5],
+        "a100-80gb-sxm": contexts.CONTEXTS[8, 0],
+    }.items():
+        assert "GiB" in source
+        setup = TrainSetup(model="smollm2-135m", weights_dtype="float16")
+        answer = estimate(setup, Machine(gpu=find_gpu(gpu), num_gpus=1))
+        assert answer.memory.terms["context"] == size

@@ -10,6 +10,7 @@ Left out, and known: dropout inside the model itself (an adapter's is counted), 
 
 from __future__ import annotations
 
+from planner.contexts import context_bytes
 from planner.phases import Run, Step
 from planner.results import PHASES, Memory
 from planner.setup import TrainSetup
@@ -25,9 +26,6 @@ CUBLAS_WORKSPACE_HOPPER_BYTES = 32 * MIB
 CUBLAS_HANDLES = 2
 FLASH_CAPABILITY = (8, 0)
 """The least compute capability that FlashAttention 2 runs on (pytorch's sdp_utils.cpp: sm80 and up)."""
-CONTEXT_BYTES = 426 * MIB
-"""CUDA context and loaded kernels: 426 MiB measured on an RTX 6000 Ada with torch 2.10+cu130 (unsloth-zoo
-pull 1053); 287 MB lazy and 667 MB eager loading in pytorch pull 86509. `finefit verify` measures it."""
 CPU_CONTEXT_BYTES = 410 * MIB
 """Resident set of Python 3.11 with torch 2.13 (CPU build), transformers 5.23 and peft 0.21 imported and a first
 step of a tiny model run: 410 MiB; `finefit bench` reports this machine's."""
@@ -61,7 +59,7 @@ class MemoryModel:
         handles = CUBLAS_HANDLES if on_gpu else 0
         is_hopper = capability is not None and capability[0] in (9, 10, 12)
         workspace = handles * (CUBLAS_WORKSPACE_HOPPER_BYTES if is_hopper else CUBLAS_WORKSPACE_BYTES)
-        self.setup, self.model, self.on_gpu = setup, model, on_gpu
+        self.setup, self.model, self.on_gpu, self.capability = setup, model, on_gpu, capability
         has_flash = capability is None or capability >= FLASH_CAPABILITY
         self.run = Run(setup, model, on_gpu=on_gpu, has_flash=has_flash, workspace_bytes=workspace)
 
@@ -86,8 +84,10 @@ class MemoryModel:
 
     def _context_bytes(self) -> int:
         if not self.run.strategy.uses_nccl or self.setup.num_gpus == 1:
-            return CONTEXT_BYTES
-        return CONTEXT_BYTES + (NCCL_BYTES if self.setup.num_gpus == 2 else NCCL_MANY_RANKS_BYTES)
+            return context_bytes(self.capability)
+        return context_bytes(self.capability) + (
+            NCCL_BYTES if self.setup.num_gpus == 2 else NCCL_MANY_RANKS_BYTES
+        )
 
     def _host_bytes(self) -> int:
         """Loading needs one copy of the weights per rank; offloaded and paged states stay."""
