@@ -19,7 +19,8 @@ from planner.units import gib
 
 pytestmark = pytest.mark.train
 
-STACK = "transformers 4.48.1, peft 0.13.2, bitsandbytes 0.43.3, torch 2.4.1"
+STACK = "transformers 4.48.1, peft 0.13.2, bitsandbytes 0.43.3, trl 0.13.0, torch 2.4.1"
+LIGER_STACK = "transformers 4.45.2, peft 0.13.2, bitsandbytes 0.43.3, trl 0.11.4, torch 2.4.1"
 WORKSPACE_BYTES = CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES
 
 
@@ -61,6 +62,7 @@ KERNEL_RUNS = [
     ("powerlm-3b", "lora", FUSED, 4, 15.715),
     ("llama-3-8b", "lora", LIGER, 4, 23.195),
     ("llama-3-8b", "lora", LIGER, 16, 47.396),
+    ("llama-3-8b", "lora", {**FUSED, "stack": LIGER_STACK}, 4, 35.059),
 ]
 RUNS = [
     ("mistral-7b", "full", 4, 67.460, 40.483),
@@ -86,12 +88,11 @@ RUNS = [
 def setup_of(model: str, method: str, batch: int, **changes: Any) -> TrainSetup:
     return TrainSetup(
         model=MODELS[model],
-        stack=STACK,
         micro_batch_size=batch,
         seq_len=4096,
         packing=True,
         attention="flash",
-        **{**METHODS[method], **changes},
+        **{"stack": STACK, **METHODS[method], **changes},
     )
 
 

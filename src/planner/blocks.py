@@ -40,7 +40,7 @@ class Recipe:
     whose partitioner recomputes pointwise operations in the backward); `fused_mlp`: gated activations too; `fused_adapters`: a
     quantised linear and its adapter are one autograd function (Unsloth's LoRA_QKV and LoRA_W). `on_gpu`: CUDA's
     kernels instead of the CPU's; `has_flash`: FlashAttention runs on the card; `is_masked`: torch's attention is given a
-    mask; `repeats_groups`: flash attention is given grouped keys and values copied out to all heads. `reentrant`: checkpoints recompute a layer whole and keep
+    mask; `repeats_groups`: the kernel is given grouped keys and values copied out to all heads. `reentrant`: checkpoints recompute a layer whole and keep
     its output meanwhile, the default of transformers before 5.
     """
 
@@ -296,8 +296,7 @@ class Block:
     def _kernel(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
         width = self.recipe.compute
         query, key, value = (self.cast(t, width, t.size[1] / t.width) for t in (query, key, value))
-        is_repeated = self.recipe.repeats_groups and self.recipe.attention == "flash"
-        if is_repeated or (not layer.hands_over_groups and layer.num_kv_heads > 1):
+        if self.recipe.repeats_groups or (not layer.hands_over_groups and layer.num_kv_heads > 1):
             key, value = kernels.repeated(self.tape, key, value, layer, width)
             layer = replace(layer, num_kv_heads=layer.num_heads)
         return self._chosen_kernel(layer)(self.tape, query, key, value, layer, width)

@@ -40,7 +40,7 @@ def block_recipe(
         fused_adapters=setup.kernels != "plain" and setup.quant is not None,
         on_gpu=on_gpu,
         has_flash=has_flash,
-        repeats_groups=repeats_groups(stack, model.family),
+        repeats_groups=repeats_groups(stack, model.family, setup.attention),
         reentrant=stack.is_before("transformers", 5),
     )
 

@@ -47,10 +47,15 @@ def casts_back(stack: Stack, autocast: str | None) -> bool:
     return autocast == "bfloat16" and stack.is_before("trl", 0, 26)
 
 
-def repeats_groups(stack: Stack, family: str) -> bool:
-    """Whether flash attention is given a key and a value for each query head."""
+def repeats_groups(stack: Stack, family: str, attention: str) -> bool:
+    """Whether the attention kernel is given a key and a value for each query head, where fewer are computed.
+
+    torch's kernel was by all families before transformers 4.54 (integrations/sdpa_attention.py).
+    """
+    if attention == "sdpa":
+        return stack.is_before("transformers", 4, 54)
     until = _REPEATED_UNTIL.get(family)
-    return until is not None and stack.is_before("transformers", *until)
+    return attention == "flash" and until is not None and stack.is_before("transformers", *until)
 
 
 @functools.lru_cache(maxsize=256)

@@ -24,7 +24,7 @@ from bench.trace.depth import Depths, PhasePeak, choose_depths, layer_kinds, pha
 from bench.trace.fakes import fill_with_fakes, quantised_tensors
 from bench.trace.kernels import fused_kernels
 from bench.trace.recording import CUDA_ROUNDING_BYTES, HOST, Recording, Storage
-from bench.trace.stacks import apply_stack, stack_loss
+from bench.trace.stacks import apply_stack, stack_attention, stack_loss
 from bench.trace.stitch import NotPeriodicError, stitch
 from bench.trace.tracker import Tracker, layer_numbers
 from planner.optimizers import find_optimizer
@@ -186,7 +186,8 @@ def record(setup: TrainSetup, *, on_gpu: bool) -> Recording:
         answer=not (setup.packing and setup.attention != "flash"),
         workspaces=WORKSPACES if on_gpu else {},
     )
-    with _fake_step(setup, tracker, on_gpu), fused_kernels(setup, model):
+    family = inner_model(model).config.get_text_config().model_type
+    with _fake_step(setup, tracker, on_gpu), fused_kernels(setup, model), stack_attention(setup, family):
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes, tracker:
             tracker.begin("load")
             fill_with_fakes(model)

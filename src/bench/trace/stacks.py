@@ -5,20 +5,26 @@ Each rule names the version until which it held and where that stands.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.integrations import sdpa_attention
 
 from bench.build import inner_model
 from bench.loss import Batch, Loss, Phase
 from planner.setup import TrainSetup
-from planner.stack import parse_stack
+from planner.stack import casts_back, parse_stack, repeats_groups
 
 LAST_SHIFTED_LOGITS = (4, 50)
 """Before it, transformers shifted the logits and copied them (loss/loss_utils.py), since then the labels."""
+LAST_WIDENED_FIRST = (4, 46)
+"""Before it, the model's forward cast the logits to float32 as it made them (models/llama/modeling_llama.py)."""
 OWN_LOSS_FAMILIES = ("granite", "granitemoe")
 """Families whose modeling file took the loss itself and dropped the 16-bit logits first (transformers 4.48)."""
 
@@ -36,14 +42,12 @@ def apply_stack(setup: TrainSetup, model: nn.Module) -> None:
         inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
         if setup.uses_adapters:
             inner.enable_input_require_grads()
-    if setup.quant and setup.kbit_upcast:
+    if setup.quant and setup.kbit_upcast and casts_back(stack, setup.autocast):
         _narrow_embeddings(inner)
 
 
 def _narrow_embeddings(inner: Any) -> None:
-    """trl's SFTTrainer casts embeddings and head back after peft has widened all 16-bit weights
-    (trl 0.x, peft_module_casting_to_bf16): only the norms stay in float32.
-    """
+    """Embeddings and head in 16 bits again, after peft has widened all 16-bit weights."""
     for module in (inner.get_input_embeddings(), inner.get_output_embeddings()):
         if module is not None and module.weight.dtype == torch.float32:
             module.weight.data = module.weight.data.to(torch.bfloat16)
@@ -58,17 +62,35 @@ def stack_loss(setup: TrainSetup, model: nn.Module) -> Loss | None:
         return None
     stack = parse_stack(setup.stack)
     is_own = inner_model(model).config.model_type in OWN_LOSS_FAMILIES
-    return own_loss if is_own and stack.is_before("transformers", *LAST_SHIFTED_LOGITS) else trainer_loss
+    if is_own and stack.is_before("transformers", *LAST_SHIFTED_LOGITS):
+        return own_loss
+    return partial(trainer_loss, widens=stack.is_before("transformers", *LAST_WIDENED_FIRST))
 
 
-def trainer_loss(model: nn.Module, batch: Batch, num_trained: int, phase: Phase) -> torch.Tensor:
-    """The loss inside the model's forward, whose last hidden state is alive beside the logits."""
+@contextmanager
+def stack_attention(setup: TrainSetup, family: str) -> Iterator[None]:
+    """Grouped keys and values reach the kernel as the setup's stack handed them over."""
+    if not repeats_groups(parse_stack(setup.stack), family, setup.attention):
+        yield
+        return
+    with mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *_: False):
+        yield
+
+
+def trainer_loss(
+    model: nn.Module, batch: Batch, num_trained: int, phase: Phase, *, widens: bool = False
+) -> torch.Tensor:
+    """The loss inside the model's forward, whose last hidden state is alive beside the logits.
+
+    `widens`: the head's product is float32 before anything else has seen it.
+    """
     head = inner_model(model).get_output_embeddings()
     with ExitStack() as phases:
         phases.enter_context(phase("forward"))
 
-        def begin_loss(*_: Any) -> None:
+        def begin_loss(_module: nn.Module, _inputs: Any, logits: torch.Tensor) -> torch.Tensor | None:
             phases.enter_context(phase("loss"))
+            return logits.float() if widens else None
 
         handle = head.register_forward_hook(begin_loss)
         loss: torch.Tensor = model(**batch, use_cache=False).loss
