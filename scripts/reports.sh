@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Regenerate what reports/ holds that needs no measurement of its own.
+# Regenerate what finefit generates from its own evidence: the residuals that intervals are set from, then reports/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+finefit accuracy evidence/memory-runs.jsonl --residuals profiles/calibration/memory-residuals.json
 # Written aside first: a failure leaves the report that was there.
 finefit accuracy evidence/memory-runs.jsonl --markdown --worst 20 >reports/accuracy.md.new
 mv reports/accuracy.md.new reports/accuracy.md

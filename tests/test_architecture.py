@@ -26,7 +26,7 @@ MAX_FUNCTION_LINES = 60
 THIRD_PARTY_OF_PLANNER = {"click", "tabulate", "yaml"}
 
 LAYERS = (
-    ("errors", "units", "specs", "tape", "stack", "sharding", "render", "dataset_formats"),
+    ("errors", "units", "specs", "tape", "stack", "sharding", "render", "dataset_formats", "conformal"),
     (
         "files",
         "contexts",
@@ -45,12 +45,13 @@ LAYERS = (
     ("resolve", "inventory"),
     ("lowering",),
     ("phases",),
+    ("residuals", "pressure"),
     ("memory", "throughput", "uncertainty"),
     ("estimate",),
     ("search", "fits", "accuracy", "export"),
-    ("needs", "facts", "render_estimate", "cli_options", "api"),
-    ("render_tables", "cli_accuracy"),
-    ("cli_tables",),
+    ("needs", "facts", "render_estimate", "cli_options", "api", "coverage"),
+    ("render_tables", "render_accuracy"),
+    ("cli_tables", "cli_accuracy"),
     ("cli_plan",),
     ("cli",),
 )
@@ -208,7 +209,7 @@ COUNTS = {
     "rank",
 }
 RATIOS = {
-    *("token_share", "probability", "mfu", "eval_fraction", "dropout", "alpha"),
+    *("token_share", "probability", "level", "mfu", "eval_fraction", "dropout", "alpha"),
     *("learning_rate", "weight_decay", "max_grad_norm"),
 }
 MAPS = {

@@ -1,6 +1,7 @@
 """One setup on one machine: verdict and probability, laws of setup and machine, what is said about the answer."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.catalog import find_gpu
+from planner.conformal import predict
 from planner.errors import NotModelledError, SetupError
 from planner.estimate import Estimator, estimate, usable_memory
 from planner.hf_config import model_spec
-from planner.results import TERMS, Memory
+from planner.pressure import overheads
+from planner.results import PHASES, TERMS, Memory
 from planner.setup import TrainSetup
 from planner.specs import Machine
-from planner.uncertainty import FAILS_FROM, FITS_BELOW, RELATIVE_ERROR, judge, verdict
+from planner.uncertainty import FAILS_FROM, FITS_BELOW, LEVEL, Uncertainty, verdict
 from planner.units import GIB
 
 CONFIG = {
@@ -39,11 +42,14 @@ def needing(allocated, fragmentation=0, context=0):
         "fragmentation": fragmentation,
         "context": context,
     }
-    return Memory(phases={}, terms=terms, peak_phase="loss", host_bytes=0, disk_bytes=0)
+    phases = dict.fromkeys(PHASES, allocated // 2) | {"loss": allocated}
+    return Memory(phases=phases, terms=terms, peak_phase="loss", host_bytes=0, disk_bytes=0)
 
 
-def judged(allocated, usable, fragmentation=0, context=0, num_gpus=1):
-    return judge(needing(allocated, fragmentation, context), usable, num_gpus)
+def judged(allocated, usable, fragmentation=0, context=0, **options):
+    return Uncertainty(TrainSetup(model=CONFIG), **options).judge(
+        needing(allocated, fragmentation, context), usable
+    )
 
 
 class TestJudge:
@@ -52,7 +58,7 @@ class TestJudge:
     @given(st.integers(1, 2**36), st.integers(0, 2**34), st.integers(1, 2**37), st.integers(0, 2**33))
     def test_more_room_never_makes_it_likelier_to_fail(self, allocated, fragmentation, usable, more):
         less_room, more_room = (judged(allocated, u, fragmentation) for u in (usable, usable + more))
-        assert 0.0 <= more_room.probability <= less_room.probability <= 1.0
+        assert 0.0 <= more_room.probability <= less_room.probability + 1e-12 <= 1.0 + 2e-12
         assert abs(more_room.headroom_bytes - less_room.headroom_bytes - more) <= 1, (
             "half a byte may be rounded"
         )
@@ -73,25 +79,56 @@ class TestJudge:
         assert verdict(FAILS_FROM) == "does-not-fit"
         assert verdict(0.25) == "tight"
 
-    def test_without_fragmentation_the_middle_is_even_odds(self):
-        found = judged(10 * GIB, 10 * GIB)
-        assert found.probability == pytest.approx(0.5)
-        assert found.verdict == "does-not-fit"
-        assert found.headroom_bytes == 0
+    def test_the_error_of_the_peak_decides_where_nothing_is_lost(self):
+        """On a CPU without fragmentation: three equal errors of 10 %, none below; the rest of the mass unseen."""
+        errors = predict([[[0.0], [0.1], [0.2]]])
+        usable = round(10 * GIB * math.exp(0.15))
+        found = judged(10 * GIB, usable, on_gpu=False, errors=errors)
+        assert found.probability == pytest.approx(errors.above(0.15)) == pytest.approx(1 / 6 + 1 / 4)
+        assert found.verdict == "tight"
+        assert found.headroom_bytes == usable - round(10 * GIB * math.exp(0.1))
 
-    def test_two_and_a_bit_deviations_of_room_fit(self):
-        deviation = RELATIVE_ERROR["single"]
-        assert judged(10 * GIB, round(10 * GIB * (1 + 2.06 * deviation))).verdict == "fits"
-        assert judged(10 * GIB, round(10 * GIB * (1 + 2.04 * deviation))).verdict == "tight"
+    def test_what_the_allocator_loses_is_added_to_the_peak(self):
+        exact = predict([[[0.0]] * 1000])
+        lost = overheads(TrainSetup(model=CONFIG), needing(10 * GIB), on_gpu=True)
+        assert 0 < lost[0] < lost[-1] < 5 * GIB
+        assert judged(10 * GIB, 10 * GIB + lost[-1] + 1, errors=exact).verdict == "fits"
+        assert judged(10 * GIB, 10 * GIB + lost[0] - 1, errors=exact).probability > 0.99
+        between = judged(10 * GIB, 10 * GIB + lost[len(lost) // 2] + 1, errors=exact)
+        assert 0.3 < between.probability < 0.6
 
-    def test_several_gpus_are_less_certain(self):
-        one, many = (judged(10 * GIB, 11 * GIB, num_gpus=n).probability for n in (1, 4))
-        assert many > one
+    def test_the_context_is_taken_off(self):
+        with_context, without = (judged(10 * GIB, 20 * GIB, context=c) for c in (5, 0))
+        assert with_context.usable_bytes == without.usable_bytes - 5
 
-    def test_the_context_is_taken_off_and_half_the_fragmentation(self):
-        found = judged(10, 100, fragmentation=40, context=5)
-        assert found.usable_bytes == 95
-        assert found.headroom_bytes == 95 - 10 - 20
+
+class TestInterval:
+    """The interval of the allocated peak."""
+
+    def test_is_the_errors_quantiles_rounded_outwards(self):
+        errors = predict([[[-0.02]] * 30 + [[0.05]] * 30])
+        memory = needing(1_000_000)
+        found = Uncertainty(TrainSetup(model=CONFIG), errors=errors).interval(memory)
+        assert found.low_peak_allocated_bytes == 980_000, "exp(-0.02) is 0.9802"
+        assert found.high_peak_allocated_bytes == 1_052_000, "exp(0.05) is 1.0513"
+
+    def test_is_open_where_nothing_was_seen(self):
+        found = Uncertainty(TrainSetup(model=CONFIG), errors=predict([])).interval(needing(10))
+        assert found.low_peak_allocated_bytes is None
+        assert found.high_peak_allocated_bytes is None
+
+    def test_stands_in_the_json_beside_the_peak(self):
+        answer = estimate(TrainSetup(model=CONFIG), Machine(gpu=RTX_4090), MODEL).to_json()["memory"]
+        low, high = answer["low_peak_allocated_bytes"], answer["high_peak_allocated_bytes"]
+        assert low <= answer["peak_allocated_bytes"] * 1.5
+        assert low < high
+        assert answer["interval_level"] == LEVEL
+
+    def test_says_whether_such_runs_were_published(self):
+        known = TrainSetup(model=CONFIG, method="lora")
+        unknown = TrainSetup(model=CONFIG, method="full", num_gpus=2, sharding="zero3")
+        assert "no published run" not in Uncertainty(known).note
+        assert "no published run of this kind" in Uncertainty(unknown).note
 
 
 def test_the_estimate_says_what_it_assumed_in_the_contracts_shape():

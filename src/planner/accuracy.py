@@ -1,27 +1,38 @@
 """Predicted against published memory: every case of a file, grouped so that no average hides another.
 
 A case is a JSON line with `id`, `gpu`, `setup`, `stack`, `measured` (peaks in GiB and `outcome`), and optionally
-`source`, `variant`, `lengths` and `corrected` (fields of `setup` that the source's own code contradicts).
+`source`, `model_name`, `variant`, `lengths` and `corrected` (fields of `setup` that the source's own code contradicts).
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from planner.cases import Answer
+from planner.cases import Answer, case_fields, case_gpu, read_case
 from planner.catalog import find_gpu
-from planner.errors import FinefitError
+from planner.errors import DataError, FinefitError, ProfileError
 from planner.estimate import estimate
+from planner.residuals import DECIMALS, Runs, kind_of
 from planner.results import Estimate
 from planner.setup import TrainSetup
 from planner.specs import Machine
 from planner.units import gib
 
-PEAKS = ("peak_allocated_gib", "peak_unknown_kind_gib")
-"""Keys of `measured`, in the order of preference; both are compared with the allocated peak."""
+PEAKS: Mapping[str, tuple[str, Callable[[Estimate], int]]] = {
+    "peak_allocated_gib": ("allocated", lambda e: e.memory.peak_allocated_bytes),
+    "peak_unknown_kind_gib": ("unknown kind", lambda e: e.memory.peak_allocated_bytes),
+    "peak_reserved_gib": ("reserved", lambda e: e.memory.peak_reserved_bytes),
+    "device_used_gib": ("device used", lambda e: e.memory.device_used_bytes),
+}
+"""Keys of `measured`: the kind of peak, and what it is compared with. A peak of unknown kind is taken as allocated."""
+ALLOCATED_KINDS = ("allocated", "unknown kind")
+FITTED = ("measured", "fits")
+OUT_OF_MEMORY = "oom"
+OUTCOMES = (*FITTED, OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True, order=True, kw_only=True, slots=True)
@@ -39,20 +50,38 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
-    """One case: predicted and measured allocated peak in GiB, the verdict beside the outcome."""
+    """One case: `measured` peaks in GiB by kind beside the estimates of the setup as labelled and as corrected.
+
+    `model` names the model for telling shapes apart; `problem` says why there is no estimate.
+    """
 
     id: str
     group: Group
     outcome: str
-    measured_gib: float | None
-    verdict: str | None = None
-    predicted_gib: float | None = None
-    corrected_gib: float | None = None
+    model: str
+    measured: Mapping[str, float]
+    labelled: Estimate | None = field(default=None, repr=False)
+    corrected: Estimate | None = field(default=None, repr=False)
     problem: str | None = None
 
     @property
+    def measured_gib(self) -> float | None:
+        """The peak that the allocated one is compared with."""
+        return next((self.measured[kind] for kind in ALLOCATED_KINDS if kind in self.measured), None)
+
+    @property
+    def predicted_gib(self) -> float | None:
+        """Allocated peak of the setup as labelled."""
+        return _allocated_gib(self.labelled)
+
+    @property
+    def corrected_gib(self) -> float | None:
+        """Allocated peak of the setup with its corrections."""
+        return _allocated_gib(self.corrected)
+
+    @property
     def error(self) -> float | None:
-        """Predicted over measured, minus one; of the setup as labelled."""
+        """Predicted over measured allocated peak, minus one; of the setup as labelled."""
         return _relative(self.predicted_gib, self.measured_gib)
 
     @property
@@ -60,19 +89,67 @@ class Compared:
         """The same for the setup with its corrections."""
         return _relative(self.corrected_gib, self.measured_gib)
 
+    @property
+    def verdict(self) -> str | None:
+        """Of the setup as labelled: what somebody who reads the source would ask."""
+        return None if self.labelled is None else self.labelled.fit.verdict
+
+    @property
+    def runs(self) -> Runs | None:
+        """The case as a row of the residuals' table; None where it has no peak, or rows of unknown length.
+
+        Of the setup as labelled: what a description leaves out is part of the error of whoever relies on it.
+        """
+        if self.labelled is None or self.measured_gib is None or self.group.lengths != "exact":
+            return None
+        ratio = self.measured_gib / gib(self.labelled.memory.peak_allocated_bytes)
+        return Runs(
+            kind=kind_of(self.labelled.setup),
+            source=self.group.source,
+            model=self.model,
+            num_gpus=self.labelled.setup.num_gpus,
+            log_ratios=(round(math.log(ratio), DECIMALS),),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The case as plain values; errors are predicted over measured, minus one."""
+        memory = None if self.labelled is None else self.labelled.to_json()["memory"]
+        return {
+            "id": self.id,
+            "source": self.group.source,
+            "outcome": self.outcome,
+            "measured_gib": self.measured_gib,
+            "predicted_gib": self.predicted_gib,
+            "corrected_gib": self.corrected_gib,
+            "error": self.error,
+            "corrected_error": self.corrected_error,
+            "low_gib": _gib_or_none(memory, "low_peak_allocated_bytes"),
+            "high_gib": _gib_or_none(memory, "high_peak_allocated_bytes"),
+            "verdict": self.verdict,
+            "probability": None if self.labelled is None else self.labelled.fit.probability,
+            "problem": self.problem,
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GroupError:
-    """Relative errors of one group: mean, median and worst by size, and the mean with its sign."""
+class Errors:
+    """Relative errors of several cases: mean, median and worst by size, the mean with its sign, and its spread."""
 
-    group: Group
     num_cases: int
     mean: float
     median: float
     worst: float
     bias: float
-    corrected_mean: float
-    corrected_worst: float
+    deviation: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupError:
+    """Errors of one group's allocated peaks, of the setups as labelled and with their corrections."""
+
+    group: Group
+    labelled: Errors
+    corrected: Errors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,41 +163,90 @@ class Outcomes:
     tight: int
 
 
+def read_cases(path: str, lines: Iterable[bytes]) -> list[Mapping[str, Any]]:
+    """The cases of a file. Raises DataError naming the line of a broken or repeated one, or an empty file."""
+    cases: dict[str, tuple[int, Mapping[str, Any]]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        case = _checked(path, line, number)
+        if case["id"] in cases:
+            raise DataError(path, f"id {case['id']!r} is already in line {cases[case['id']][0]}", number)
+        cases[case["id"]] = (number, case)
+    if not cases:
+        raise DataError(path, "holds no cases")
+    return [case for _, case in cases.values()]
+
+
+def _checked(path: str, line: bytes, number: int) -> Mapping[str, Any]:
+    try:
+        case = read_case(line, number)
+    except FinefitError as error:
+        raise DataError(path, str(error).partition(": ")[2], number) from error
+    measured = case.get("measured")
+    if not isinstance(case.get("id"), str) or not case["id"]:
+        raise DataError(path, "id: missing, or not a text", number)
+    if not isinstance(measured, dict):
+        raise DataError(path, "measured: missing, or not an object of peaks and outcome", number)
+    if measured.get("outcome", "measured") not in OUTCOMES:
+        raise DataError(path, f"measured.outcome: one of {', '.join(OUTCOMES)}", number)
+    if not isinstance(case.get("corrected") or {}, dict):
+        raise DataError(path, "corrected: not an object of TrainSetup's fields", number)
+    for key in PEAKS:
+        value = measured.get(key)
+        if value is not None and (type(value) not in (int, float) or value <= 0):
+            raise DataError(path, f"measured.{key}: must be a size above 0", number)
+    return case
+
+
 def compare(cases: Iterable[Mapping[str, Any]], predict: Answer = estimate) -> list[Compared]:
-    """Every case in order, by the closed form or another predictor; one that can't be predicted says why."""
+    """Every case in order, by the closed form or another predictor; one that can't be predicted says why.
+
+    Raises ProfileError where finefit's own tables are broken.
+    """
     return [_compare(case, predict) for case in cases]
 
 
 def _compare(case: Mapping[str, Any], predict: Answer) -> Compared:
     measured = case.get("measured", {})
-    unknown = Compared(
+    found: dict[str, Any] = {}
+    try:
+        labelled = _estimate(case, {}, predict)
+        corrections = case.get("corrected")
+        found["corrected"] = _estimate(case, corrections, predict) if corrections else labelled
+        found["labelled"] = labelled
+    except ProfileError:
+        raise
+    except FinefitError as error:
+        found["problem"] = str(error)
+    return Compared(
         id=str(case.get("id")),
         group=_group(case),
         outcome=str(measured.get("outcome", "measured")),
-        measured_gib=next((measured[key] for key in PEAKS if measured.get(key) is not None), None),
-    )
-    corrections = case.get("corrected") or {}
-    try:
-        labelled = _estimate(case, {}, predict)
-        corrected = _estimate(case, corrections, predict) if corrections else labelled
-    except FinefitError as error:
-        return replace(unknown, problem=str(error))
-    return replace(
-        unknown,
-        verdict=corrected.fit.verdict,
-        predicted_gib=gib(labelled.memory.peak_allocated_bytes),
-        corrected_gib=gib(corrected.memory.peak_allocated_bytes),
+        model=_model_name(case),
+        measured={kind: measured[key] for key, (kind, _) in PEAKS.items() if measured.get(key) is not None},
+        **found,
     )
 
 
 def _estimate(case: Mapping[str, Any], corrections: Mapping[str, Any], predict: Answer) -> Estimate:
-    setup = TrainSetup.from_dict({"stack": case.get("stack"), **case["setup"], **corrections})
-    machine = Machine(gpu=find_gpu(case["gpu"]), num_gpus=setup.num_gpus)
-    return predict(setup, machine)
+    setup = TrainSetup.from_dict({**case_fields(case), **corrections})
+    return predict(setup, Machine(gpu=find_gpu(case_gpu(case)), num_gpus=setup.num_gpus))
+
+
+def _model_name(case: Mapping[str, Any]) -> str:
+    model = _setup_of(case).get("model")
+    shown = case.get("model_name") or model
+    return str(shown if isinstance(shown, str) else sorted(shown.items()) if shown else "unknown")
+
+
+def _setup_of(case: Mapping[str, Any]) -> Mapping[str, Any]:
+    setup = case.get("setup")
+    return setup if isinstance(setup, dict) else {}
 
 
 def _group(case: Mapping[str, Any]) -> Group:
-    setup = case.get("setup", {})
+    setup = _setup_of(case)
     model = setup.get("model")
     is_moe = isinstance(model, Mapping) and any("experts" in key for key in model)
     return Group(
@@ -140,30 +266,48 @@ def group_errors(compared: Iterable[Compared]) -> list[GroupError]:
     for case in compared:
         if case.error is not None:
             groups.setdefault(case.group, []).append(case)
-    return [_group_error(group, groups[group]) for group in sorted(groups)]
+    return [
+        GroupError(
+            group=group,
+            labelled=errors_of([c.error for c in groups[group] if c.error is not None]),
+            corrected=errors_of([c.corrected_error for c in groups[group] if c.corrected_error is not None]),
+        )
+        for group in sorted(groups)
+    ]
 
 
-def _group_error(group: Group, cases: list[Compared]) -> GroupError:
-    errors = [case.error or 0.0 for case in cases]
+def peak_errors(compared: Iterable[Compared]) -> dict[tuple[str, str, str], Errors]:
+    """Errors of the corrected setups by source, method with sharding, and kind of peak."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for case in compared:
+        for kind, predicted in PEAKS.values():
+            if case.corrected is not None and kind in case.measured:
+                sharding = case.group.sharding.partition(" ")[0]
+                error = gib(predicted(case.corrected)) / case.measured[kind] - 1
+                found.setdefault((kind, case.group.source, f"{case.group.method} {sharding}"), []).append(
+                    error
+                )
+    return {key: errors_of(found[key]) for key in sorted(found)}
+
+
+def errors_of(errors: Sequence[float]) -> Errors:
+    """The summary of at least one relative error."""
     sizes = [abs(error) for error in errors]
-    corrected = [abs(case.corrected_error or 0.0) for case in cases]
-    return GroupError(
-        group=group,
-        num_cases=len(cases),
+    return Errors(
+        num_cases=len(errors),
         mean=statistics.fmean(sizes),
         median=statistics.median(sizes),
         worst=max(sizes),
         bias=statistics.fmean(errors),
-        corrected_mean=statistics.fmean(corrected),
-        corrected_worst=max(corrected),
+        deviation=statistics.pstdev(errors),
     )
 
 
-def outcomes(compared: Iterable[Compared]) -> Outcomes:
-    """How the verdicts did on runs whose outcome is known."""
-    known = [case for case in compared if case.verdict is not None]
-    fitted = [case.verdict for case in known if case.outcome in ("measured", "fits")]
-    oom = [case.verdict for case in known if case.outcome == "oom"]
+def outcomes(verdicts: Iterable[tuple[Compared, str | None]]) -> Outcomes:
+    """How verdicts did on cases whose outcome is known."""
+    known = [(case, verdict) for case, verdict in verdicts if verdict is not None]
+    fitted = [verdict for case, verdict in known if case.outcome in FITTED]
+    oom = [verdict for case, verdict in known if case.outcome == OUT_OF_MEMORY]
     return Outcomes(
         num_fitted=len(fitted),
         num_oom=len(oom),
@@ -173,14 +317,25 @@ def outcomes(compared: Iterable[Compared]) -> Outcomes:
     )
 
 
-def to_json(compared: list[Compared]) -> dict[str, Any]:
-    """The whole comparison as plain values."""
-    return {
-        "schema_version": 1,
-        "groups": [asdict(group) for group in group_errors(compared)],
-        "outcomes": asdict(outcomes(compared)),
-        "cases": [asdict(case) | {"error": case.error} for case in compared],
-    }
+def residuals(compared: Iterable[Compared]) -> list[Runs]:
+    """The residuals' table that these cases make: rows of one kind, source, model and number of GPUs together."""
+    rows: dict[tuple[Any, ...], list[float]] = {}
+    for case in compared:
+        if (runs := case.runs) is not None:
+            rows.setdefault((runs.kind, runs.source, runs.model, runs.num_gpus), []).extend(runs.log_ratios)
+    return [
+        Runs(kind=kind, source=source, model=model, num_gpus=num_gpus, log_ratios=tuple(sorted(values)))
+        for (kind, source, model, num_gpus), values in rows.items()
+    ]
+
+
+def _allocated_gib(answer: Estimate | None) -> float | None:
+    return None if answer is None else gib(answer.memory.peak_allocated_bytes)
+
+
+def _gib_or_none(memory: Mapping[str, Any] | None, key: str) -> float | None:
+    value = None if memory is None else memory.get(key)
+    return None if value is None else gib(value)
 
 
 def _relative(predicted: float | None, measured: float | None) -> float | None:

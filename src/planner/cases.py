@@ -46,8 +46,8 @@ def _answer_line(
     case: Mapping[str, Any] = {}
     try:
         case = read_case(line, number)
-        fields = _fields(case)
-        machine = find_machine(_gpu(case, gpu), fields)
+        fields = case_fields(case)
+        machine = find_machine(case_gpu(case, gpu), fields)
         estimate = answer(TrainSetup.from_dict(fields), machine)
         return {**estimate.to_json(), "id": case.get("id")}
     except FinefitError as error:
@@ -75,7 +75,8 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no number")
 
 
-def _fields(case: Mapping[str, Any]) -> dict[str, Any]:
+def case_fields(case: Mapping[str, Any]) -> dict[str, Any]:
+    """A case's TrainSetup fields, its `stack` among them. Raises UsageError where `setup` is missing."""
     setup = case.get("setup")
     if not isinstance(setup, dict):
         raise UsageError("setup: missing, or not an object of TrainSetup's fields")
@@ -83,7 +84,8 @@ def _fields(case: Mapping[str, Any]) -> dict[str, Any]:
     return {**setup, "stack": stack} if stack is not None and setup.get("stack") is None else dict(setup)
 
 
-def _gpu(case: Mapping[str, Any], gpu: str | None) -> str:
+def case_gpu(case: Mapping[str, Any], gpu: str | None = None) -> str:
+    """The words for a case's card; `gpu` replaces them. Raises UsageError where there are none."""
     named = gpu if gpu is not None else case.get("gpu")
     if not isinstance(named, str) or not named:
         raise UsageError("gpu: missing; name it in the case or by --gpu")

@@ -16,7 +16,7 @@ from planner.setup import TrainSetup
 from planner.specs import Machine, ModelSpec
 from planner.stack import NEWEST_KNOWN, parse_stack
 from planner.throughput import step_time
-from planner.uncertainty import judge
+from planner.uncertainty import Uncertainty
 from planner.units import format_bytes
 
 NOT_MODELLED = (
@@ -117,6 +117,7 @@ class Estimator:
         check(setup, machine, self.model)
         self._memory = memory or MemoryModel(setup, self.model, **_facts(machine))
         self.usable_bytes, self.usable_source = usable_memory(machine)
+        self.uncertainty = Uncertainty(setup, on_gpu=_facts(machine)["on_gpu"])
 
     def memory(self, micro_batch_size: int, seq_len: int) -> Memory:
         """Peak memory of another batch shape."""
@@ -125,7 +126,7 @@ class Estimator:
     def verdict(self, micro_batch_size: int, seq_len: int) -> str:
         """Whether another batch shape fits."""
         memory = self.memory(micro_batch_size, seq_len)
-        return judge(memory, self.usable_bytes, self.setup.num_gpus).verdict
+        return self.uncertainty.judge(memory, self.usable_bytes).verdict
 
     def at(self, micro_batch_size: int, seq_len: int) -> Estimate:
         """The whole answer for another batch shape."""
@@ -137,7 +138,8 @@ class Estimator:
             setup=setup,
             gpu=self.machine.label,
             memory=memory,
-            fit=judge(memory, self.usable_bytes, setup.num_gpus),
+            fit=self.uncertainty.judge(memory, self.usable_bytes),
+            interval=self.uncertainty.interval(memory),
             time=step_time(setup, self.model, self.machine.gpu),
             assumptions=tuple(self._assumptions()),
             not_modelled=tuple(self._not_modelled()),
@@ -146,7 +148,12 @@ class Estimator:
 
     def _assumptions(self) -> list[str]:
         usable = f"{self.machine.gpu.name} gives {format_bytes(self.usable_bytes)} ({self.usable_source})"
-        return [precision_recipe(self.setup), f"stack: {self.setup.stack or NEWEST_KNOWN}", usable]
+        return [
+            precision_recipe(self.setup),
+            f"stack: {self.setup.stack or NEWEST_KNOWN}",
+            usable,
+            self.uncertainty.note,
+        ]
 
     def _not_modelled(self) -> list[str]:
         """What the numbers leave out for this setup."""

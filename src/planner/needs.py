@@ -14,7 +14,7 @@ from planner.fits import METHODS, describe_setups, table_setup
 from planner.results import SCHEMA_VERSION, Fit, Memory
 from planner.setup import TrainSetup
 from planner.specs import GpuProfile, Machine, ModelSpec
-from planner.uncertainty import judge
+from planner.uncertainty import Uncertainty
 
 COUNTS = (1, 2, 4, 8)
 """Cards in one machine."""
@@ -158,7 +158,7 @@ class _Search:
             machine = Machine(gpu=gpu, num_gpus=count)
             setup = table_setup(self.name, self.model, self.method, machine, self.fields)
             memory = self._peak(setup, machine)
-            fit = judge(memory, usable_memory(machine)[0], count)
+            fit = Uncertainty(setup).judge(memory, usable_memory(machine)[0])
             if fit.verdict == "fits":
                 return NeedsRow(setup=setup, machine=machine, memory=memory, fit=fit)
         return None

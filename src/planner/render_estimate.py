@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from planner.render import format_bars, format_facts, paint, printable, wrap
-from planner.results import ALLOCATED_TERMS, Estimate, Fit, Memory, Plan, Time
+from planner.results import ALLOCATED_TERMS, Estimate, Fit, Interval, Memory, Plan, Time
 from planner.setup import TrainSetup
 from planner.units import format_bytes, format_count, format_duration
 
@@ -81,7 +81,7 @@ def format_estimate(estimate: Estimate, width: int | None = None) -> str:
     parts = [
         _format_head(estimate, width),
         _format_phases(estimate.memory, width),
-        _format_terms(estimate.memory, width),
+        _format_terms(estimate, width),
         _format_rest(estimate, width),
         _format_notes(estimate, width),
     ]
@@ -126,18 +126,20 @@ def _format_phases(memory: Memory, width: int | None) -> str:
     return f"{title}\n{format_bars(phases, text, width)}"
 
 
-def _format_terms(memory: Memory, width: int | None) -> str:
+def _format_terms(estimate: Estimate, width: int | None) -> str:
     """The terms at the highest moment, and the three sums that other tools show."""
+    memory = estimate.memory
     terms = {name: memory.terms[name] for name in ALLOCATED_TERMS if memory.terms[name] > 0}
     text = {name: format_bytes(value) for name, value in terms.items()}
     title = paint(f"At the highest moment ({memory.peak_phase})", "strong")
-    return f"{title}\n{format_bars(terms, text, width)}\n\n{format_facts(_sums(memory), width)}"
+    return f"{title}\n{format_bars(terms, text, width)}\n\n{format_facts(_sums(memory, estimate.interval), width)}"
 
 
-def _sums(memory: Memory) -> list[tuple[str, str]]:
+def _sums(memory: Memory, interval: Interval | None) -> list[tuple[str, str]]:
     """The peak as torch counts it, as torch reserves it and as the device shows it, where these differ."""
     fragmentation, context = memory.terms["fragmentation"], memory.terms["context"]
-    sums = [("allocated by torch", format_bytes(memory.peak_allocated_bytes))]
+    allocated = format_bytes(memory.peak_allocated_bytes)
+    sums = [("allocated by torch", f"{allocated}{_describe_interval(interval)}")]
     if fragmentation:
         reserved = format_bytes(memory.peak_reserved_bytes)
         sums.append(("reserved by torch", f"{reserved}, with {format_bytes(fragmentation)} of fragmentation"))
@@ -145,6 +147,15 @@ def _sums(memory: Memory) -> list[tuple[str, str]]:
         used = format_bytes(memory.device_used_bytes)
         sums.append(("used on the device", f"{used}, with {format_bytes(context)} of libraries and context"))
     return sums
+
+
+def _describe_interval(interval: Interval | None) -> str:
+    """The interval behind a peak; an end that published runs don't bound is left open."""
+    if interval is None:
+        return ""
+    ends = (interval.low_peak_allocated_bytes, interval.high_peak_allocated_bytes)
+    low, high = ("unknown" if end is None else format_bytes(end) for end in ends)
+    return f" ({100 * interval.level:.0f} % interval: {low} to {high})"
 
 
 def _format_rest(estimate: Estimate, width: int | None) -> str:
@@ -194,7 +205,7 @@ def format_plan_answer(plan: Plan, width: int | None = None) -> str:
     estimate = plan.estimate
     parts = [
         _format_head(estimate, width),
-        _format_terms(estimate.memory, width),
+        _format_terms(estimate, width),
         _format_rest(estimate, width),
     ]
     if plan.reasons:

@@ -80,6 +80,15 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """Where the allocated peak lies with probability `level`; None where published runs give no bound."""
+
+    level: float
+    low_peak_allocated_bytes: int | None
+    high_peak_allocated_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Time:
     """One optimizer step (all micro-batches of all GPUs); the low/high pair is the stated interval."""
 
@@ -100,6 +109,7 @@ class Estimate:
     memory: Memory
     fit: Fit
     time: Time | None
+    interval: Interval | None = None
     assumptions: tuple[str, ...] = ()
     not_modelled: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -113,7 +123,7 @@ class Estimate:
             "id": self.id,
             "setup": self.setup.to_dict(),
             "gpu": self.gpu,
-            "memory": self.memory.to_json(),
+            "memory": {**self.memory.to_json(), **self._interval_json()},
             "fit": asdict(self.fit),
             "time": None if self.time is None else {**asdict(self.time), "bound": dict(self.time.bound)},
             "cost": None,
@@ -122,6 +132,12 @@ class Estimate:
             "warnings": list(self.warnings),
             "source": self.source,
         }
+
+    def _interval_json(self) -> dict[str, Any]:
+        if self.interval is None:
+            return {}
+        values = asdict(self.interval)
+        return {"interval_level": values.pop("level"), **values}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from planner.memory import CUBLAS_HANDLES, MemoryModel
 from planner.results import PHASES, TERMS, Estimate, Memory
 from planner.setup import TrainSetup
 from planner.specs import Machine
-from planner.uncertainty import judge
+from planner.uncertainty import Uncertainty
 
 NOT_REPLAYED = "side streams, and segments that others' libraries hold"
 
@@ -119,11 +119,17 @@ def trace_on(
     workspace = _workspace_bytes(setup, machine, on_gpu)
     memory = _memory(traced, answer.memory, workspace, on_gpu)
     usable_bytes = (answer.fit.usable_bytes or 0) + answer.memory.terms["context"]
+    uncertainty = Uncertainty(setup, on_gpu=on_gpu, source="trace")
     found = replace(
         answer,
         memory=memory,
-        fit=judge(memory, usable_bytes, setup.num_gpus),
-        assumptions=(*answer.assumptions, _how(traced)),
+        fit=uncertainty.judge(memory, usable_bytes),
+        interval=uncertainty.interval(memory),
+        assumptions=(
+            *_without(answer.assumptions, Uncertainty(setup, on_gpu=on_gpu).note),
+            uncertainty.note,
+            _how(traced),
+        ),
         not_modelled=(NOT_REPLAYED,) if on_gpu else (),
         source="trace",
     )
@@ -135,6 +141,10 @@ def trace_on(
 def trace_estimate(setup: TrainSetup, machine: Machine, *, all_layers: bool = False) -> Estimate:
     """The estimate of `setup` on `machine` with the memory of its traced step; see trace_on."""
     return trace_on(setup, machine, all_layers=all_layers).estimate
+
+
+def _without(texts: tuple[str, ...], left_out: str) -> tuple[str, ...]:
+    return tuple(text for text in texts if text != left_out)
 
 
 def _how(traced: TraceResult) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.trace.allocator import CachingAllocator, OutOfMemoryError
-from bench.trace.allocator_rules import AllocatorRules
+from bench.trace.allocator_rules import ROUND_LARGE_BYTES, AllocatorRules
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,3 +66,19 @@ def reserved_levels(requests: Iterable[tuple[int, int]]) -> list[tuple[int, int]
         if allocator.reserved_bytes > before:
             levels.append((key, allocator.reserved_bytes))
     return levels
+
+
+def least_capacity_bytes(requests: Sequence[tuple[int, int]]) -> int:
+    """The smallest card, to a segment's rounding, on which all `requests` are served.
+
+    Holes in segments that are in use are lost there; everything else that was cached is given back in time.
+    """
+    unlimited = replay(requests)
+    low, high = unlimited.peak_allocated_bytes - 1, unlimited.peak_reserved_bytes
+    while high - low > ROUND_LARGE_BYTES:
+        middle = (low + high) // 2
+        if replay(requests, capacity_bytes=middle).failed_key is None:
+            high = middle
+        else:
+            low = middle
+    return high
