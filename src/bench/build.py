@@ -129,10 +129,32 @@ def _base_model(
             use_safetensors=True,
             **options,
         )
-    except (ValueError, ImportError, OSError) as error:
-        reason = one_line(error)
-        raise FinefitError(f"{setup.model_label}: transformers can't build the model: {reason}") from error
+    except _BUILD_ERRORS as error:
+        raise _build_error(setup, attention, error) from error
     return model
+
+
+_BUILD_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    ImportError,
+    OSError,
+)
+"""What transformers raises for a config that its class reads and its layers don't fit."""
+
+
+def _build_error(setup: TrainSetup, attention: str, error: Exception) -> FinefitError:
+    reason = one_line(error)
+    if "does not support an attention implementation" in reason:
+        return SetupError(
+            "attention", f"{setup.model_label}: transformers has no {attention} for it; use eager"
+        )
+    return FinefitError(f"{setup.model_label}: transformers can't build the model: {reason}")
 
 
 def quantisation_config(setup: TrainSetup) -> Any:

@@ -7,6 +7,7 @@ shapes and storages but no data: no GPU, no weights. How:
     tracker    every storage that an operator makes is recorded until the last tensor lets go of it
     cuda       what CUDA would do where the CPU does something else: attention kernels, dropout, autocast
     kernels    fused Triton kernels, as stand-ins that allocate and save what they do
+    scans      kernels of linear attention and state spaces, likewise (and mamba)
     stacks     what older library versions do otherwise
     recording  what was alive when, by category, module and phase (no torch)
     depth      peaks of a deep model from two shallow ones

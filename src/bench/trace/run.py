@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,9 +14,9 @@ from unittest import mock
 import torch
 import transformers
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from bench.build import build_model, inner_model, load_config
+from bench.build import build_model, inner_model, load_config, one_line
 from bench.optim import build_optimizer
 from bench.quiet import quiet_libraries
 from bench.step import TrainStep
@@ -24,9 +25,11 @@ from bench.trace.depth import Depths, PhasePeak, choose_depths, layer_kinds, pha
 from bench.trace.fakes import fill_with_fakes, quantised_tensors
 from bench.trace.kernels import fused_kernels
 from bench.trace.recording import CUDA_ROUNDING_BYTES, HOST, Recording, Storage
+from bench.trace.scans import scan_kernels
 from bench.trace.stacks import apply_stack, stack_attention, stack_loss
 from bench.trace.stitch import NotPeriodicError, stitch
 from bench.trace.tracker import Tracker, layer_numbers
+from planner.errors import FinefitError
 from planner.optimizers import find_optimizer
 from planner.setup import TrainSetup
 
@@ -35,6 +38,9 @@ NUM_STEPS = 2
 MAX_MICRO_BATCHES = 2
 """From the second micro-batch on, gradients are there; more change nothing."""
 NUM_LARGEST = 10
+MAX_OPS_PER_LAYER = 10_000
+"""Two steps of a layer with adapters and checkpointing take 1,000 to 3,000 operators; a loop over tokens takes more
+time than anyone waits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +141,7 @@ def _record_depths(
     recordings = []
     for part, layers in enumerate(depths.shallow or (depths.num_layers,), 1):
         say(f"the step with {layers} of {depths.num_layers} layers", part, 3)
-        recordings.append(record(_with_layers(setup, config, layers, depths), on_gpu=on_gpu))
+        recordings.append(_record(_with_layers(setup, config, layers, depths), on_gpu))
     return tuple(recordings)
 
 
@@ -178,6 +184,20 @@ def _with_layers(setup: TrainSetup, config: Any, num_layers: int, depths: Depths
     return setup.with_(model=values)
 
 
+def _record(setup: TrainSetup, on_gpu: bool) -> Recording:
+    try:
+        return record(setup, on_gpu=on_gpu)
+    except _STEP_ERRORS as error:
+        if isinstance(error, DynamicOutputShapeException):
+            error = RuntimeError(f"{error.func} gives a shape that depends on values")
+        reason = one_line(error)
+        raise FinefitError(f"{setup.model_label}: this model's step can't be traced: {reason}") from error
+
+
+_STEP_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+"""What a model raises whose layers don't fit each other, or that asks a fake tensor for its values."""
+
+
 def record(setup: TrainSetup, *, on_gpu: bool) -> Recording:
     """Run two optimizer steps, an evaluation of one batch and the moment of saving on fake tensors."""
     model = build_model(setup, meta=True)
@@ -186,8 +206,7 @@ def record(setup: TrainSetup, *, on_gpu: bool) -> Recording:
         answer=not (setup.packing and setup.attention != "flash"),
         workspaces=WORKSPACES if on_gpu else {},
     )
-    family = inner_model(model).config.get_text_config().model_type
-    with _fake_step(setup, tracker, on_gpu), fused_kernels(setup, model), stack_attention(setup, family):
+    with _fake_step(setup, tracker, on_gpu), _kernels(setup, model, on_gpu):
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes, tracker:
             tracker.begin("load")
             fill_with_fakes(model)
@@ -199,6 +218,8 @@ def record(setup: TrainSetup, *, on_gpu: bool) -> Recording:
             optimizer = build_optimizer(setup, model)
         if on_gpu:
             _choose_foreach(optimizer)
+        num_layers = 1 + max(layer_numbers(model, [n for n, _ in model.named_modules()]).values(), default=-1)
+        tracker.max_ops = MAX_OPS_PER_LAYER * max(1, num_layers)
         step = TrainStep(setup, model, optimizer, phase=tracker.phase)
         step.loss = stack_loss(setup, model) or step.loss
         with fakes, tracker:
@@ -207,9 +228,21 @@ def record(setup: TrainSetup, *, on_gpu: bool) -> Recording:
     config = inner_model(model).config.get_text_config()
     return tracker.recording(
         vocab_size=config.vocab_size,
-        num_layers=1 + max(layer_numbers(model, [n for n, _ in model.named_modules()]).values(), default=-1),
+        num_layers=num_layers,
         rounding_bytes=CUDA_ROUNDING_BYTES if on_gpu else 1,
     )
+
+
+@contextmanager
+def _kernels(setup: TrainSetup, model: nn.Module, on_gpu: bool) -> Iterator[None]:
+    """The kernels that the setup, its stack and the model's family would call on the device."""
+    family = inner_model(model).config.get_text_config().model_type
+    with ExitStack() as stack:
+        stack.enter_context(fused_kernels(setup, model))
+        stack.enter_context(stack_attention(setup, family))
+        if on_gpu:
+            stack.enter_context(scan_kernels(model))
+        yield
 
 
 def _run(step: TrainStep, tracker: Tracker, setup: TrainSetup) -> None:
@@ -304,6 +337,8 @@ def _never(*_: Any) -> bool:
 def _quiet() -> Iterator[None]:
     """transformers and PEFT warn about what a real run should heed, not a trace."""
     quiet_libraries()
+    # An operator that fails on fake tensors is logged with its stack before it is raised.
+    logging.getLogger(torch._subclasses.fake_tensor.__name__).setLevel(logging.CRITICAL)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from bench.trace.recording import HOST, Mark, Recording, Storage
+from planner.errors import NotModelledError
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
@@ -41,6 +42,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         self.marks: list[Mark] = []
         self.recompute_ends: list[int] = []
         self.num_ops = 0
+        self.max_ops: int | None = None
         self.step = 0
         self.current_phase = ""
         self._live: dict[int, Storage] = {}
@@ -73,7 +75,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         self._note_recompute()
         held = self._hold_workspace(func, args, kwargs)
         out = func(*args, **kwargs)
-        self.num_ops += 1
+        self._count_op()
         name = func._schema.name.partition("::")[2]
         made = [tensor for tensor in tree_flatten(out)[0] if isinstance(tensor, torch.Tensor)]
         for position, tensor in enumerate(made):
@@ -82,6 +84,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             self._flags.add(args[1].untyped_storage()._cdata)
         return out
+
+    def _count_op(self) -> None:
+        self.num_ops += 1
+        if self.max_ops is not None and self.num_ops > self.max_ops:
+            raise NotModelledError(
+                f"trace: {self._module() or 'the model'} runs operators without end, as a loop over tokens does; "
+                "a shorter seq_len can be traced"
+            )
 
     def _value(self, tensor: torch.Tensor) -> bool | float | int:
         if tensor.dtype == torch.bool:
