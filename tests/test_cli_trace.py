@@ -56,7 +56,13 @@ def test_trace_says_what_estimate_says_and_more(
     assert {t["category"] for t in found["largest"]} <= set(CATEGORIES)
     replays = found["replay"]
     assert replays["default"]["peak_reserved_bytes"] == memory["peak_reserved_bytes"]
-    assert replays["default"]["on_this_gpu"] == {"is_served": True, "num_retries": 0, "failed_at": None}
+    reserved = replays["default"]["peak_reserved_bytes"]
+    assert replays["default"]["on_this_gpu"] == {
+        "is_served": True,
+        "peak_reserved_bytes": reserved,
+        "num_retries": 0,
+        "failed_at": None,
+    }
     # the card gives pages; neither holds less than what is allocated
     allocated = sum(memory["terms"][name] for name in ALLOCATED_TERMS)
     assert all(r["peak_reserved_bytes"] >= allocated for r in replays.values())

@@ -49,7 +49,8 @@ def _describe_limit(traced: Traced, limited: Replay) -> str:
         return f"on this GPU it fails at {_made_by(failed['operator'], failed['module'])} ({failed['phase']})"
     if limited.num_retries:
         times = "once" if limited.num_retries == 1 else f"{limited.num_retries} times"
-        return f"on this GPU the cache is emptied {times}"
+        peak = format_bytes(limited.peak_reserved_bytes)
+        return f"on this GPU at most {peak}, the cache is emptied {times}"
     return "this GPU gives it"
 
 

@@ -98,6 +98,7 @@ class Traced:
             failed = self.failure(limited)
             found["on_this_gpu"] = {
                 "is_served": failed is None,
+                "peak_reserved_bytes": limited.peak_reserved_bytes,
                 "num_retries": limited.num_retries,
                 "failed_at": failed,
             }
@@ -117,7 +118,7 @@ def trace_on(
     on_gpu = machine.gpu.backend != "cpu"
     traced = trace(setup, on_gpu=on_gpu, all_layers=all_layers, progress=progress)
     workspace = _workspace_bytes(setup, machine, on_gpu)
-    memory = _memory(traced, answer.memory, workspace, on_gpu)
+    memory = _memory(traced, answer.memory, workspace, answer.fit.usable_bytes if on_gpu else 0)
     usable_bytes = (answer.fit.usable_bytes or 0) + answer.memory.terms["context"]
     uncertainty = Uncertainty(setup, on_gpu=on_gpu, source="trace")
     found = replace(
@@ -159,14 +160,17 @@ def _workspace_bytes(setup: TrainSetup, machine: Machine, on_gpu: bool) -> int:
     return round(model.run.static()["workspace"])
 
 
-def _memory(traced: TraceResult, closed: Memory, workspace: int, on_gpu: bool) -> Memory:
-    """The traced peaks in the contract's words; temporaries count as workspace."""
+def _memory(traced: TraceResult, closed: Memory, workspace: int, usable_bytes: int | None) -> Memory:
+    """The traced peaks in the contract's words; temporaries count as workspace.
+
+    `usable_bytes` is what torch can have of the card (0: no card, None: unknown).
+    """
     phases = {name: peak.num_bytes + workspace for name, peak in traced.phases.items()}
     # Loading the states back fills tensors that a running step has anyway.
     phases["resume"] = phases["save"]
     terms = {**traced.terms, "workspace": traced.terms["temporary"] + workspace}
     terms["context"] = closed.terms["context"]
-    terms["fragmentation"] = _fragmentation(traced, workspace) if on_gpu else 0
+    terms["fragmentation"] = _fragmentation(traced, workspace, usable_bytes) if usable_bytes != 0 else 0
     return Memory(
         phases={name: phases[name] for name in PHASES},
         terms={name: terms[name] for name in TERMS},
@@ -176,9 +180,12 @@ def _memory(traced: TraceResult, closed: Memory, workspace: int, on_gpu: bool) -
     )
 
 
-def _fragmentation(traced: TraceResult, workspace: int) -> int:
-    """Reserved minus allocated, by the allocator's rules."""
-    replayed = replay(_requests(traced.timeline, workspace))
+def _fragmentation(traced: TraceResult, workspace: int, usable_bytes: int | None) -> int:
+    """Reserved minus allocated by the allocator's rules: on this card, or without end where it doesn't suffice."""
+    requests = list(_requests(traced.timeline, workspace))
+    replayed = replay(requests, capacity_bytes=usable_bytes)
+    if replayed.failed_key is not None:
+        replayed = replay(requests)
     return max(0, replayed.peak_reserved_bytes - traced.peak_bytes - workspace)
 
 
