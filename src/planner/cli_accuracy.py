@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from planner.cli_options import SectionedCommand, json_option
+from planner.cli_options import SectionedCommand, Session, json_option
+from planner.errors import FinefitError, NotModelledError
 
 if TYPE_CHECKING:
     from planner.accuracy import Compared
+    from planner.cases import Answer
+    from planner.results import Estimate
+    from planner.setup import TrainSetup
+    from planner.specs import Machine
 
 
 @click.command(
@@ -26,16 +32,31 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the errors as the table that intervals are set from, and print nothing else.",
 )
+@click.option("--trace", is_flag=True, help="Trace each case's real step: seconds per case.")
 @json_option
-def accuracy_command(cases: Path, worst: int, markdown: bool, residuals: Path | None, as_json: bool) -> None:
+@click.pass_context
+def accuracy_command(
+    context: click.Context,
+    /,
+    cases: Path,
+    worst: int,
+    markdown: bool,
+    residuals: Path | None,
+    trace: bool,
+    as_json: bool,
+) -> None:
     """Predict every case of a file: errors, false verdicts, and how well the intervals hold.
 
     A case is a line with id, gpu, setup, stack and measured; evidence/README.md describes them.
     """
     from planner import accuracy
+    from planner.estimate import estimate
 
+    predict = _tracer(context.ensure_object(Session)) if trace else estimate
     with cases.open("rb") as lines:
-        compared = accuracy.compare(accuracy.read_cases(str(cases), lines))
+        read = list(accuracy.read_cases(str(cases), lines))
+    with click.progressbar(read, label="cases", file=sys.stderr, hidden=not _shows_bar()) as bar:
+        compared = accuracy.compare(bar, predict)
     if residuals is not None:
         from planner.files import write_atomically
         from planner.residuals import table_text
@@ -44,7 +65,29 @@ def accuracy_command(cases: Path, worst: int, markdown: bool, residuals: Path | 
     elif as_json:
         _print_json(compared)
     else:
-        _print_text(compared, str(cases), worst, markdown)
+        _print_text(compared, f"{cases} --trace" if trace else str(cases), worst, markdown)
+
+
+def _shows_bar() -> bool:
+    return sys.stderr.isatty()
+
+
+def _tracer(session: Session) -> Answer:
+    """The trace as a predictor; whatever it stumbles over is told beside the case and costs no other case."""
+    trace = session.trace
+    if trace is None:
+        raise FinefitError("tracing needs the training extra: pip install 'finefit[train]'")
+
+    def predict(setup: TrainSetup, machine: Machine) -> Estimate:
+        try:
+            return trace(setup, machine)
+        except FinefitError:
+            raise
+        except Exception as error:
+            reason = f"the trace failed: {type(error).__name__}: {error}"
+            raise NotModelledError(f"{' '.join(reason.split()):.200}") from error
+
+    return predict
 
 
 def _print_json(compared: list[Compared]) -> None:

@@ -75,13 +75,20 @@ class Report:
             ),
             self._intervals(found),
         )
-        problems = [
-            f"not predicted: {case.id}: {printable(case.problem)}" for case in self.compared if case.problem
-        ]
+        problems = self._problems()
         if problems:
-            yield "\n".join(problems)
+            yield problems
         if worst:
             yield self._section(f"The {worst} worst cases", self._worst(worst))
+
+    def _problems(self) -> str:
+        """What wasn't predicted, by reason."""
+        found: dict[str, list[str]] = {}
+        for case in self.compared:
+            if case.problem:
+                found.setdefault(printable(case.problem), []).append(case.id)
+        lines = [f"not predicted, {len(ids)}: {reason}: {', '.join(ids)}" for reason, ids in found.items()]
+        return "\n".join(lines if self.markdown else (wrap(line, self.width, rest="  ") for line in lines))
 
     def _section(self, title: str, *parts: str) -> str:
         heading = f"## {title}" if self.markdown else title
