@@ -256,3 +256,45 @@ class TestCommand:
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert f"{path}:1: not JSON" in error
+
+    def test_traced_cases_are_predicted_by_the_trace_and_the_others_named(self, tmp_path):
+        from planner.cli_options import Session
+        from planner.errors import NotModelledError
+
+        def trace(setup, machine):
+            if setup.method == "full":
+                raise NotModelledError("num_gpus: only one GPU's step can be traced yet")
+            if setup.rank == 3:
+                raise ZeroDivisionError("inside\na library")
+            return estimate(setup.with_(micro_batch_size=8), machine)
+
+        full, odd = {"method": "full"}, {"rank": 3}
+        path = self.file(
+            tmp_path, case("a"), case("b", setup=full), case("c", setup=odd), case("d", setup=full)
+        )
+        result = CliRunner().invoke(
+            accuracy_command,
+            [str(path), "--trace", "--json"],
+            obj=Session(trace=trace),
+            standalone_mode=False,
+        )
+        found = {one["id"]: one for one in json.loads(result.stdout)["cases"]}
+        plain = {one["id"]: one for one in json.loads(run(path, "--json").stdout)["cases"]}
+        assert found["a"]["predicted_gib"] > plain["a"]["predicted_gib"]
+        assert "inside a library" in found["c"]["problem"]
+        text = (
+            CliRunner()
+            .invoke(
+                accuracy_command,
+                [str(path), "--trace", "--markdown"],
+                obj=Session(trace=trace),
+                standalone_mode=False,
+            )
+            .stdout
+        )
+        assert "(traced)" in text
+        assert "not predicted, 2: num_gpus: only one GPU's step can be traced yet: b, d" in text
+
+    def test_tracing_needs_its_extra(self, tmp_path):
+        result = run(self.file(tmp_path, case("a")), "--trace")
+        assert "finefit[train]" in str(result.exception)

@@ -65,7 +65,7 @@ def accuracy_command(
     elif as_json:
         _print_json(compared)
     else:
-        _print_text(compared, f"{cases} --trace" if trace else str(cases), worst, markdown)
+        _print_text(compared, str(cases), worst, markdown, trace)
 
 
 def _shows_bar() -> bool:
@@ -112,12 +112,15 @@ def _print_json(compared: list[Compared]) -> None:
     click.echo(format_json(answer))
 
 
-def _print_text(compared: list[Compared], path: str, worst: int, markdown: bool) -> None:
+def _print_text(compared: list[Compared], path: str, worst: int, markdown: bool, is_traced: bool) -> None:
     from planner.render import terminal_width
     from planner.render_accuracy import Report
 
-    report = Report(compared, width=None if markdown else terminal_width(), markdown=markdown)
-    click.echo("\n\n".join(_parts(report, path, worst, markdown)))
+    predictor = "traced" if is_traced else "closed form"
+    width = None if markdown else terminal_width()
+    report = Report(compared, width=width, markdown=markdown, predictor=predictor)
+    words = f"{path} --trace" if is_traced else path
+    click.echo("\n\n".join(_parts(report, words, worst, markdown)))
 
 
 def _parts(report: object, path: str, worst: int, markdown: bool) -> Iterable[str]:

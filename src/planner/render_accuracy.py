@@ -18,7 +18,7 @@ from planner.coverage import Coverage, LeftOut, left_out
 from planner.render import Column, format_table, printable, wrap
 from planner.uncertainty import FAILS_FROM, FITS_BELOW, LEVEL
 
-HEAD = """# Predicted against published memory (closed form)
+HEAD = """# Predicted against published memory ({predictor})
 
 Peak memory of published runs, predicted from their setups alone. `error` is predicted over measured, minus one, of
 the setup as its source labels it; `corrected` replaces labels that the source's own code contradicts
@@ -40,6 +40,7 @@ class Report:
     compared: Sequence[Compared]
     width: int | None = None
     markdown: bool = False
+    predictor: str = "closed form"
     _sources: dict[str, str] = field(init=False, default_factory=dict)
     _variants: dict[str, str] = field(init=False, default_factory=dict)
 
@@ -51,7 +52,7 @@ class Report:
 
     def head(self, path: str) -> str:
         """The title of a Markdown report, and what stands in it."""
-        return HEAD.format(path=path)
+        return HEAD.format(path=path, predictor=self.predictor)
 
     def parts(self, worst: int = 0) -> Iterator[str]:
         """Legend, errors by group and by kind of peak, verdicts, intervals, what wasn't predicted, worst cases."""
