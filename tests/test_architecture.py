@@ -40,7 +40,7 @@ LAYERS = (
         "pointwise",
     ),
     ("index", "fields", "results", "methods", "dataset", "blocks"),
-    ("families", "catalog", "card_prices", "planfile", "recipes", "checks", "cases", "heads"),
+    ("families", "catalog", "coefficients", "card_prices", "planfile", "recipes", "checks", "cases", "heads"),
     ("hf_config", "layers"),
     ("resolve", "inventory"),
     ("lowering",),

@@ -16,14 +16,6 @@ from planner.files import write_atomically
 MANIFEST = "finefit-manifest.json"
 
 
-def user_cache() -> Path:
-    """FINEFIT_CACHE, else XDG_CACHE_HOME/finefit, else ~/.cache/finefit; needn't exist yet."""
-    own = os.environ.get("FINEFIT_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "finefit"
-
-
 def build_folder(target: Path, build: Callable[[Path], Mapping[str, Any]]) -> Path:
     """`target`, made once: `build` fills a folder aside and returns the manifest's facts, then it is renamed.
 

@@ -212,7 +212,7 @@ def _disk(what: str, folder: Path) -> dict[str, Any]:
 
 
 def _cache_folder() -> Path:
-    from bench.cache import user_cache
+    from planner.files import user_cache
 
     return user_cache()
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.cache import user_cache
 from bench.chat_template import ensure_template
 from bench.data import Example, TokenFacts, Tokenized, extra_readers, load_rows, tokenize_rows
 from planner.dataset import content_sha256
 from planner.errors import FinefitError
-from planner.files import write_atomically
+from planner.files import user_cache, write_atomically
 
 _LAYOUT = 2
 """Changes with what tokenising does or what the file holds, so that old files are never read as new ones."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cache import user_cache
 from bench.chat_template import ensure_template
 from bench.gguf import trainable_folder
 from planner import hub
 from planner.errors import FinefitError, UsageError
+from planner.files import user_cache
 from planner.setup import TrainSetup
 
 __all__ = ["load_tokenizer", "local_model", "user_cache"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from planner.catalog import usable_bytes_or_bound
 from planner.checks import check, warnings
-from planner.memory import MemoryModel
+from planner.memory import MemoryModel, TracedMemoryModel, memory_model
 from planner.resolve import resolve_model
 from planner.results import Estimate, Memory
 from planner.setup import TrainSetup
@@ -87,7 +87,7 @@ class _Batch:
         key = (model, _decisive(setup))
         if key not in self._owners:
             _make_room(self._owners)
-            self._owners[key] = MemoryModel(setup, model, **self._facts)
+            self._owners[key] = memory_model(setup, model, **self._facts)
         return self._owners[key]
 
 
@@ -115,7 +115,7 @@ class Estimator:
         self.setup, self.machine = setup, machine
         self.model = resolve(setup) if model is None else model
         check(setup, machine, self.model)
-        self._memory = memory or MemoryModel(setup, self.model, **_facts(machine))
+        self._memory = memory or memory_model(setup, self.model, **_facts(machine))
         self.usable_bytes, self.usable_source = usable_memory(machine)
         self.uncertainty = Uncertainty(setup, on_gpu=_facts(machine)["on_gpu"])
 
@@ -148,12 +148,15 @@ class Estimator:
 
     def _assumptions(self) -> list[str]:
         usable = f"{self.machine.gpu.name} gives {format_bytes(self.usable_bytes)} ({self.usable_source})"
-        return [
+        words = [
             precision_recipe(self.setup),
             f"stack: {self.setup.stack or NEWEST_KNOWN}",
             usable,
             self.uncertainty.note,
         ]
+        if isinstance(self._memory, TracedMemoryModel):
+            words.append(self._memory.coefficients.describe())
+        return words
 
     def _not_modelled(self) -> list[str]:
         """What the numbers leave out for this setup."""

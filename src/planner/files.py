@@ -9,6 +9,14 @@ from pathlib import Path
 from planner.errors import FinefitError
 
 
+def user_cache() -> Path:
+    """finefit's own cache: FINEFIT_CACHE, else XDG_CACHE_HOME/finefit, else ~/.cache/finefit; needn't exist yet."""
+    own = os.environ.get("FINEFIT_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "finefit"
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write aside in the same folder, fsync, rename. Raises FinefitError when the folder can't be written."""
     data = content.encode() if isinstance(content, str) else content

@@ -10,12 +10,14 @@ Left out, and known: dropout inside the model itself (an adapter's is counted), 
 
 from __future__ import annotations
 
+from planner.coefficients import load
 from planner.contexts import context_bytes
 from planner.phases import Run, Step
 from planner.results import PHASES, Memory
 from planner.setup import TrainSetup
+from planner.sharding import STRATEGIES
 from planner.specs import ModelSpec
-from planner.units import MIB
+from planner.units import DTYPE_BYTES, MIB
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680
 """cuBLAS' default workspace `:4096:2:16:8` (pytorch aten/src/ATen/cuda/CublasHandlePool.cpp), through the
@@ -56,17 +58,26 @@ class MemoryModel:
         capability: tuple[int, int] | None = None,
     ) -> None:
         """Raises SetupError for targets that match nothing, UnknownNameError for an unknown method."""
-        handles = CUBLAS_HANDLES if on_gpu else 0
-        is_hopper = capability is not None and capability[0] in (9, 10, 12)
-        workspace = handles * (CUBLAS_WORKSPACE_HOPPER_BYTES if is_hopper else CUBLAS_WORKSPACE_BYTES)
         self.setup, self.model, self.on_gpu, self.capability = setup, model, on_gpu, capability
+        self.workspace_bytes = _workspace_bytes(capability) if on_gpu else 0
         has_flash = capability is None or capability >= FLASH_CAPABILITY
-        self.run = Run(setup, model, on_gpu=on_gpu, has_flash=has_flash, workspace_bytes=workspace)
+        self._prepare(has_flash)
+
+    def _prepare(self, has_flash: bool) -> None:
+        self.run = Run(
+            self.setup,
+            self.model,
+            on_gpu=self.on_gpu,
+            has_flash=has_flash,
+            workspace_bytes=self.workspace_bytes,
+        )
+
+    def _phases(self, micro_batch_size: int, seq_len: int) -> dict[str, dict[str, float]]:
+        return Step(self.run, micro_batch_size * seq_len, seq_len).phases()
 
     def at(self, micro_batch_size: int, seq_len: int) -> Memory:
         """Phases and terms for micro-batches of `micro_batch_size` rows of `seq_len` tokens."""
-        step = Step(self.run, micro_batch_size * seq_len, seq_len)
-        phases = step.phases()
+        phases = self._phases(micro_batch_size, seq_len)
         totals = {name: round(sum(terms.values())) for name, terms in phases.items()}
         peak_phase = max(PHASES, key=lambda name: totals[name])
         terms = {name: round(value) for name, value in phases[peak_phase].items()}
@@ -83,7 +94,7 @@ class MemoryModel:
         )
 
     def _context_bytes(self) -> int:
-        if not self.run.strategy.uses_nccl or self.setup.num_gpus == 1:
+        if not STRATEGIES[self.setup.sharding].uses_nccl or self.setup.num_gpus == 1:
             return context_bytes(self.capability)
         return context_bytes(self.capability) + (
             NCCL_BYTES if self.setup.num_gpus == 2 else NCCL_MANY_RANKS_BYTES
@@ -108,9 +119,50 @@ class MemoryModel:
         return round(SAFETENSORS_COPIES_KEPT * checkpoint + trained)
 
 
+class TracedMemoryModel(MemoryModel):
+    """The same for an architecture without formulas, from coefficients that were traced."""
+
+    def _prepare(self, has_flash: bool) -> None:
+        """Raises NotModelledError where this setup wasn't traced."""
+        self.coefficients = load(self.model, self.setup, on_gpu=self.on_gpu)
+
+    def _phases(self, micro_batch_size: int, seq_len: int) -> dict[str, dict[str, float]]:
+        found = self.coefficients.at(micro_batch_size, seq_len)
+        phases = {}
+        for name, terms in found.items():
+            workspace = terms.pop("temporary") + self.workspace_bytes
+            phases[name] = {**terms, "workspace": workspace}
+        # Loading the states back fills tensors that a running step has anyway.
+        phases["resume"] = phases["save"]
+        return {name: phases[name] for name in PHASES}
+
+    def _host_bytes(self) -> int:
+        """Loading needs one copy of the weights; paged states stay."""
+        width = DTYPE_BYTES[self.setup.weights_dtype]
+        return round(self.model.num_params * width + self.coefficients.host_states_bytes)
+
+    def _disk_bytes(self) -> int:
+        trained, length = self.coefficients.trained_bytes, self.model.max_positions or 1
+        states = self.coefficients.at(1, length)["save"]["optimizer"] + self.coefficients.host_states_bytes
+        return round(SAFETENSORS_COPIES_KEPT * (trained + states) + trained)
+
+
+def memory_model(
+    setup: TrainSetup, model: ModelSpec, *, on_gpu: bool = True, capability: tuple[int, int] | None = None
+) -> MemoryModel:
+    """By formulas, or by traced coefficients where there are none. Raises as these do."""
+    kind = TracedMemoryModel if model.is_traced else MemoryModel
+    return kind(setup, model, on_gpu=on_gpu, capability=capability)
+
+
+def _workspace_bytes(capability: tuple[int, int] | None) -> int:
+    is_hopper = capability is not None and capability[0] in (9, 10, 12)
+    return CUBLAS_HANDLES * (CUBLAS_WORKSPACE_HOPPER_BYTES if is_hopper else CUBLAS_WORKSPACE_BYTES)
+
+
 def estimate_memory(
     setup: TrainSetup, model: ModelSpec, *, on_gpu: bool = True, capability: tuple[int, int] | None = None
 ) -> Memory:
     """Memory per GPU of one setup; see MemoryModel."""
-    owner = MemoryModel(setup, model, on_gpu=on_gpu, capability=capability)
+    owner = memory_model(setup, model, on_gpu=on_gpu, capability=capability)
     return owner.at(setup.micro_batch_size, setup.seq_len)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from planner import hub
-from planner.errors import ConfigError, UnknownNameError, fold_name
+from planner.coefficients import traced_model
+from planner.errors import ConfigError, NotModelledError, UnknownNameError, fold_name
 from planner.families import raw_models
 from planner.hf_config import model_spec
 from planner.specs import ModelSpec
@@ -36,7 +37,7 @@ def resolve_model(
     Raises UnknownNameError with the nearest names, ConfigError, NotModelledError, or FinefitError when the
     hub can't be reached.
     """
-    build = functools.partial(model_spec, experts_as_linears=experts_as_linears, objective=objective)
+    build = functools.partial(_build, experts_as_linears=experts_as_linears, objective=objective)
     if isinstance(model, Mapping):
         return build(model, where="inline config")
     file = _config_file(model)
@@ -53,6 +54,28 @@ def resolve_model(
         raise UnknownNameError("model", model[:_LONGEST_NAME], model_names())
     config = hub.fetch_config(model, revision)
     return build(config, name=model, hub_id=model, where=hub.config_url(model, revision))
+
+
+def _build(config: Mapping[str, Any], *, name: str | None = None, **facts: Any) -> ModelSpec:
+    """By the families' rules; an architecture without any by what was traced of it."""
+    try:
+        return model_spec(config, name=name, **facts)
+    except NotModelledError as error:
+        found = traced_model(config, name)
+        if found is None:
+            hint = "if transformers can build it, `finefit estimate … --trace` learns it once"
+            raise NotModelledError(f"{error}; {hint}") from error
+        return found
+
+
+def read_config(model: str | Mapping[str, Any], *, revision: str | None = None) -> Mapping[str, Any]:
+    """The config.json of `model`, whatever its architecture, from this machine. Raises as resolve_model does."""
+    if isinstance(model, Mapping):
+        return model
+    file = _config_file(model)
+    if file is None and fold_name(model) not in _index() and _HUB_ID.fullmatch(model):
+        file = hub.cached_config(model, revision)
+    return resolve_model(model, revision=revision).config if file is None else hub.read_config(file)
 
 
 def model_names(*, featured: bool = False) -> list[str]:

@@ -133,6 +133,11 @@ class ModelSpec:
         return self._hash
 
     @property
+    def is_traced(self) -> bool:
+        """Whether it stands for an architecture without formulas, whose memory only traces know: no layers."""
+        return not self.layers
+
+    @property
     def num_layers(self) -> int:
         """Layers of all kinds and sides."""
         return sum(layer.count for layer in self.layers)

@@ -42,7 +42,7 @@ def step_time(setup: TrainSetup, model: ModelSpec, gpu: GpuProfile) -> Time | No
         (r for (card, method), r in REACHED.items() if gpu.name.startswith(card) and method == setup.method),
         None,
     )
-    if peak is None or reached is None or setup.num_gpus > 1:
+    if peak is None or reached is None or setup.num_gpus > 1 or model.is_traced:
         return None
     tokens = setup.tokens_per_micro_batch * setup.grad_accum_steps
     flops = (4 if setup.uses_adapters else 6) * model.num_active_params * tokens
