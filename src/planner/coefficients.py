@@ -7,8 +7,8 @@ highest is kept as its bytes at six traced points, by category, and what lies be
 Where the program itself changes with the length (a mask beyond a sliding window), there are several regions, each
 traced by itself. Beyond what was traced and checked there is an error, never an extrapolation.
 
-Raises in general: NotModelledError where nothing (or nothing for this setup) was traced, FinefitError naming the file
-where it is broken.
+Raises in general: NotModelledError where nothing (or nothing for this setup) was traced, and naming the file where it
+is broken.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from planner.errors import FinefitError, NotModelledError
+from planner.errors import NotModelledError
 from planner.files import user_cache
 from planner.setup import TrainSetup
 from planner.specs import ModelSpec
@@ -236,9 +236,9 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     return raw
 
 
-def _broken(path: Path, reason: str) -> FinefitError:
+def _broken(path: Path, reason: str) -> NotModelledError:
     detail = " ".join(reason.split())
-    return FinefitError(f"{path}: broken coefficients ({detail:.100}); delete the file, or trace again")
+    return NotModelledError(f"{path}: broken coefficients ({detail:.100}); delete the file, or trace again")
 
 
 def _parse(raw: Mapping[str, Any]) -> Coefficients:

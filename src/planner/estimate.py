@@ -144,6 +144,7 @@ class Estimator:
             assumptions=tuple(self._assumptions()),
             not_modelled=tuple(self._not_modelled()),
             warnings=tuple(warnings(setup, self.model)),
+            source="trace" if self.model.is_traced else "analytic",
         )
 
     def _assumptions(self) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from planner.errors import DoesNotFitError, SetupError
+from planner.errors import DoesNotFitError, NotModelledError, SetupError
 from planner.estimate import Estimator, resolve
 from planner.methods import find_method
 from planner.recipes import precise_recipe, recipe, shared_by
@@ -92,16 +92,16 @@ def plan(
     model = model or open_model(wishes)
     shape = _shape(wishes, model, lengths, _global_batch(wishes, machine, global_batch))
     rejected: list[Rejected] = []
-    errors: list[SetupError] = []
+    errors: list[SetupError | NotModelledError] = []
     for candidate in _candidates(wishes, machine):
         fixed = {"seq_len": shape.seq_len, "micro_batch_size": 1, "packing": shape.is_packed}
         try:
             estimator = Estimator(TrainSetup(**{**candidate.fields, **fixed}), machine, model)
-        except SetupError as error:
+            estimate = _largest(estimator, wishes, shape)
+        except (SetupError, NotModelledError) as error:
             errors.append(error)
             rejected.append(Rejected(label=candidate.label, reason=str(error), short_by_bytes=0))
             continue
-        estimate = _largest(estimator, wishes, shape)
         if estimate.fit.verdict == "fits":
             reasons = _reasons(candidate, estimate, rejected, shape)
             return Plan(estimate=estimate, reasons=reasons, rejected=tuple(rejected))

@@ -13,4 +13,5 @@ shapes and storages but no data: no GPU, no weights. How:
     depth      peaks of a deep model from two shallow ones
     stitch     every allocation of a deep model from two shallow ones (no torch)
     allocator  CUDA's caching allocator by its rules (allocator_rules), replay what it reserves for a recording (no torch)
+    coefficients   of an architecture without formulas, from a few traces
 """

@@ -22,7 +22,7 @@ import transformers
 
 from bench.build import build_model, load_config, one_line
 from bench.trace.recording import Recording
-from bench.trace.run import NUM_STEPS, trace
+from bench.trace.run import NUM_STEPS, Progress, trace
 from planner import __version__
 from planner.coefficients import CATEGORIES, FORMAT, Region, decisive_fields, file_of
 from planner.errors import ConfigError, FinefitError, NotModelledError
@@ -39,6 +39,8 @@ LONGEST, LONGEST_UNNAMED = 131_072, 32_768
 """Up to the model's own limit, or where it names none."""
 MOST_ROWS = 512
 MOST_REGIONS = 8
+USUAL_TRACES = 12
+"""Of two regions: a single row, and more."""
 LIBRARIES = ("transformers", "torch", "peft", "bitsandbytes")
 PHASES = ("load", "forward", "loss", "backward", "optimizer", "save", "eval")
 _CHUNKED_PHASES = ("loss", "eval")
@@ -48,7 +50,7 @@ Shape = tuple[int, int]
 """Rows of a micro-batch, and their length in tokens."""
 
 
-def learn(setup: TrainSetup, *, on_gpu: bool) -> Path:
+def learn(setup: TrainSetup, *, on_gpu: bool, progress: Progress | None = None) -> Path:
     """Trace the setup's model at a few batch shapes and write its coefficients to the cache; returns the file.
 
     Raises ConfigError or FinefitError where transformers can't build or run it, or where it needs code of its own;
@@ -57,7 +59,7 @@ def learn(setup: TrainSetup, *, on_gpu: bool) -> Path:
     config = read_config(setup.model, revision=setup.revision)
     _refuse_remote_code(config, setup.model_label)
     inline = setup.with_(model=dict(config))
-    traces = _Traces(inline, on_gpu=on_gpu)
+    traces = _Traces(inline, on_gpu=on_gpu, progress=progress)
     shapes = _range(inline, config)
     regions = list(_divide(traces, *shapes))
     worst, points = _check(traces, regions)
@@ -105,12 +107,17 @@ class _Trace:
 class _Traces:
     """Traces of one setup at any batch shape, each made once."""
 
-    def __init__(self, setup: TrainSetup, *, on_gpu: bool) -> None:
-        self._setup, self._on_gpu = setup, on_gpu
+    def __init__(self, setup: TrainSetup, *, on_gpu: bool, progress: Progress | None) -> None:
+        self._setup, self._on_gpu, self._progress = setup, on_gpu, progress
+        self._num_made = 0
         self.at = cache(self._trace)
         self.suspects = sorted(_numbers(setup.model))
 
     def _trace(self, shape: Shape) -> _Trace:
+        if self._progress is not None:
+            text = f"unknown architecture, learning it: {shape[0]} x {shape[1]} tokens"
+            self._progress(text, self._num_made, max(USUAL_TRACES, self._num_made + 1))
+        self._num_made += 1
         setup = self._setup.with_(micro_batch_size=shape[0], seq_len=shape[1])
         try:
             timeline = trace(setup, on_gpu=self._on_gpu).timeline
@@ -241,14 +248,14 @@ def _undominated(coefficients: Any) -> list[int]:
 
 
 def _check(traces: _Traces, regions: Iterable[Region]) -> tuple[float, list[Shape]]:
-    """The largest error at points that took no part. Raises NotModelledError where it is too large."""
+    """The largest error at a point of each region that took no part. Raises NotModelledError where it is too large."""
     worst, points = 0.0, []
     for region in regions:
-        for shape in _between(region):
-            traced = {p: m.sum(axis=1).max() for p, m in traces.at(shape).moments.items()}
-            predicted = {p: sum(terms.values()) for p, terms in region.at(*shape).items()}
-            worst = max(worst, *(abs(predicted[p] / traced[p] - 1) for p in traced))
-            points.append(shape)
+        shape = _between(region)
+        traced = {p: m.sum(axis=1).max() for p, m in traces.at(shape).moments.items()}
+        predicted = {p: sum(terms.values()) for p, terms in region.at(*shape).items()}
+        worst = max(worst, *(abs(predicted[p] / traced[p] - 1) for p in traced))
+        points.append(shape)
     if worst > MOST_OFF:
         raise NotModelledError(
             f"coefficients don't describe this architecture: off by {worst:.1%} at a traced point "
@@ -257,14 +264,11 @@ def _check(traces: _Traces, regions: Iterable[Region]) -> tuple[float, list[Shap
     return worst, points
 
 
-def _between(region: Region) -> list[Shape]:
-    """Two shapes inside, off the nodes where there is room."""
-    shortest, middle, longest = region.lengths
+def _between(region: Region) -> Shape:
+    """A shape inside, off the nodes where there is room."""
+    shortest, middle, _ = region.lengths
     first, last = region.sizes
-    return [
-        (min(first + 2, last), shortest + (middle - shortest) // 3),
-        (first + (last - first) // 5, middle + 5 * (longest - middle) // 7),
-    ]
+    return first + (last - first) // 5, shortest + (middle - shortest) // 3
 
 
 def _facts(setup: TrainSetup, *, longest: int) -> dict[str, Any]:

@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bench.trace.allocator_rules import AllocatorRules
+from bench.trace.coefficients import learn
 from bench.trace.recording import Recording
 from bench.trace.replay import Replay, replay
 from bench.trace.run import Progress, TraceResult, trace
+from planner.coefficients import load
 from planner.errors import NotModelledError
 from planner.estimate import estimate, resolve
-from planner.memory import CUBLAS_HANDLES, MemoryModel
+from planner.memory import CUBLAS_HANDLES, memory_model
+from planner.resolve import read_config
 from planner.results import PHASES, TERMS, Estimate, Memory
 from planner.setup import TrainSetup
 from planner.specs import Machine
@@ -114,9 +117,10 @@ def trace_on(
     bench.trace.run.trace raise.
     """
     check_traceable(setup)
-    answer = estimate(setup, machine)
     on_gpu = machine.gpu.backend != "cpu"
-    traced = trace(setup, on_gpu=on_gpu, all_layers=all_layers, progress=progress)
+    buildable = _learnt(setup, on_gpu, progress)
+    answer = estimate(setup, machine)
+    traced = trace(buildable, on_gpu=on_gpu, all_layers=all_layers, progress=progress)
     workspace = _workspace_bytes(setup, machine, on_gpu)
     memory = _memory(traced, answer.memory, workspace, answer.fit.usable_bytes if on_gpu else 0)
     usable_bytes = (answer.fit.usable_bytes or 0) + answer.memory.terms["context"]
@@ -148,6 +152,21 @@ def _without(texts: tuple[str, ...], left_out: str) -> tuple[str, ...]:
     return tuple(text for text in texts if text != left_out)
 
 
+def _learnt(setup: TrainSetup, on_gpu: bool, progress: Progress | None) -> TrainSetup:
+    """The setup as the trace takes it; an architecture without formulas is learnt where it isn't yet.
+
+    From then on the planner answers for it at any batch and length.
+    """
+    try:
+        model = resolve(setup)
+        if not model.is_traced:
+            return setup
+        load(model, setup, on_gpu=on_gpu)
+    except NotModelledError:
+        learn(setup, on_gpu=on_gpu, progress=progress)
+    return setup.with_(model=dict(read_config(setup.model, revision=setup.revision)))
+
+
 def _how(traced: TraceResult) -> str:
     shallow = traced.depths.shallow
     depth = f"{shallow[0]} and {shallow[1]}" if shallow else "all"
@@ -156,8 +175,8 @@ def _how(traced: TraceResult) -> str:
 
 def _workspace_bytes(setup: TrainSetup, machine: Machine, on_gpu: bool) -> int:
     """cuBLAS' workspaces, which go through torch's allocator."""
-    model = MemoryModel(setup, resolve(setup), on_gpu=on_gpu, capability=machine.gpu.compute_capability)
-    return round(model.run.static()["workspace"])
+    capability = machine.gpu.compute_capability
+    return memory_model(setup, resolve(setup), on_gpu=on_gpu, capability=capability).workspace_bytes
 
 
 def _memory(traced: TraceResult, closed: Memory, workspace: int, usable_bytes: int | None) -> Memory:
