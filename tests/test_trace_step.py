@@ -326,7 +326,8 @@ def test_an_estimate_from_a_trace_keeps_the_contract():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_gpus": 2, "sharding": "ddp"},
+        {"sharding": "zero3", "num_gpus": 2},
+        {"offload": "optimizer", "sharding": "fsdp", "num_gpus": 2},
         {"compile": True},
         {"objective": "seq2seq"},
     ],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 from planner.blocks import Recipe
+from planner.exchange import gathered_widths
 from planner.heads import LossBytes
-from planner.inventory import norm_width, unquantised_width
 from planner.layers import adapter_rank, target_matrices
 from planner.methods import find_method
 from planner.setup import TrainSetup
@@ -20,15 +20,15 @@ def block_recipe(
     setup: TrainSetup, model: ModelSpec, stack: Stack, *, on_gpu: bool, has_flash: bool
 ) -> Recipe:
     """The widths and modules that decide what a block saves."""
-    weight = unquantised_width(setup)
+    weight, norm, adapter = gathered_widths(setup)
     compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
     return Recipe(
         weight=weight,
-        norm=norm_width(setup),
+        norm=norm,
         compute=compute,
         # A norm in float32 makes its layer's output float32, which the sum with the stream stays.
-        stream=max(weight, norm_width(setup)),
-        adapter=DTYPE_BYTES[setup.adapter_dtype],
+        stream=max(weight, norm),
+        adapter=adapter,
         adapted=_adapted(model, setup.targets, setup.rank) if setup.uses_adapters else (),
         trains_base=find_method(setup.method).trains_base,
         autocast=setup.autocast is not None,

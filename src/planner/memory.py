@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from planner.coefficients import load
 from planner.contexts import context_bytes
-from planner.phases import Run, Step
+from planner.phases import Step
+from planner.rank import Run
 from planner.results import PHASES, Memory
 from planner.setup import TrainSetup
 from planner.sharding import STRATEGIES

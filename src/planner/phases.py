@@ -2,177 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
-from planner.blocks import Recipe, layer_memory
-from planner.heads import LossBytes, head_memory
-from planner.inventory import take_inventory
-from planner.layers import target_matrices
-from planner.lowering import block_recipe, keeps_embeddings, loss_bytes
-from planner.results import ALLOCATED_TERMS
-from planner.setup import TrainSetup
-from planner.sharding import STRATEGIES, Buffers, Exchanged
-from planner.specs import LayerSpec, ModelSpec
-from planner.stack import parse_stack
+from planner.inventory import trained_width
+from planner.rank import LayerKind, Run
 from planner.tape import CATEGORIES, BlockMemory, evaluate
-from planner.units import DTYPE_BYTES
 
 INPUT_BYTES_PER_TOKEN = 32
 """Token ids, labels, positions and mask as int64."""
-
-
-@dataclass(frozen=True, slots=True)
-class _LayerKind:
-    """A kind of layer: how often it occurs, and its memory."""
-
-    count: int
-    memory: BlockMemory
-
-
-_layer_memory = functools.lru_cache(maxsize=4096)(layer_memory)
-
-
-@functools.lru_cache(maxsize=8192)
-def _layer_kinds(model: ModelSpec, recipe: Recipe, masked: tuple[bool, ...]) -> tuple[_LayerKind, ...]:
-    """Kinds of layers that differ only in number and window are built once."""
-    kinds = []
-    for layer, is_masked in zip(model.layers, masked, strict=True):
-        alike = replace(layer, count=1, window=None)
-        memory = _layer_memory(alike, model.hidden_size, replace(recipe, is_masked=is_masked))
-        kinds.append(_LayerKind(layer.count, memory))
-    return tuple(kinds)
-
-
-@functools.lru_cache(maxsize=1024)
-def _up_to_logits(kind: LossBytes) -> LossBytes:
-    return replace(kind, ends_at_logits=True)
-
-
-@functools.lru_cache(maxsize=1024)
-def _without_layers(recipe: Recipe) -> Recipe:
-    """The model's end has neither adapters nor attention: setups that differ in those share it."""
-    return replace(recipe, adapted=(), adapter=0, dropout=False, attention="sdpa", has_flash=True)
-
-
-class Run:
-    """What of a setup and model doesn't depend on the batch, per rank.
-
-    `workspace_bytes`: what libraries take through the allocator.
-    """
-
-    def __init__(
-        self, setup: TrainSetup, model: ModelSpec, *, on_gpu: bool, has_flash: bool, workspace_bytes: int
-    ) -> None:
-        """Raises SetupError for targets that match nothing, UnknownNameError for an unknown method."""
-        self.setup, self.model = setup, model
-        self.strategy = STRATEGIES[setup.sharding]
-        self.inventory = take_inventory(setup, model)
-        self._stack = parse_stack(setup.stack)
-        self.keeps_embeddings = keeps_embeddings(setup, model, self._stack)
-        self.recipe = block_recipe(setup, model, self._stack, on_gpu=on_gpu, has_flash=has_flash)
-        self._heads: dict[tuple[int, bool, bool], BlockMemory] = {}
-        self._head_recipe = _without_layers(self.recipe)
-        self._ranks = setup.num_gpus
-        self._workspace = workspace_bytes
-        self.buffers = self._exchange()
-
-    def blocks(self, seq_len: int) -> tuple[_LayerKind, ...]:
-        """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
-        masked = tuple(self._is_masked(layer, seq_len) for layer in self.model.layers)
-        return _layer_kinds(self.model, self.recipe, masked)
-
-    def _is_masked(self, layer: LayerSpec, seq_len: int) -> bool:
-        if self.setup.attention != "sdpa":
-            return False
-        is_beyond = layer.window is not None and seq_len >= layer.window
-        return is_beyond or self.setup.packing or self.setup.padding_free
-
-    def num_cast_params(self) -> int:
-        """Adapters' elements that autocast casts: all but those that peft folds into experts without it."""
-        cast = (t for t in target_matrices(self.model, self.setup.targets) if t[1].kind != "parameter")
-        return sum(
-            layer.count * matrix.copies * self.setup.rank * (matrix.in_features + matrix.out_features)
-            for layer, matrix in cast
-        )
-
-    def mask_width(self, seq_len: int) -> int:
-        """Bytes per pair of positions of the mask that the layers share: additive for eager, else boolean."""
-        if self.setup.attention == "eager":
-            return self.recipe.compute
-        return int(any(self._is_masked(layer, seq_len) for layer in self.model.layers))
-
-    def head(self, tokens: int, *, ends_at_logits: bool = False, evaluates: bool = False) -> BlockMemory:
-        """Final norm, head and loss; how many tokens a chunked loss takes at once depends on the batch."""
-        asked = (tokens, ends_at_logits, evaluates)
-        if asked not in self._heads:
-            kind = loss_bytes(self.setup, self.model, self._stack, tokens, evaluates)
-            kind = _up_to_logits(kind) if ends_at_logits else kind
-            norm = self.model.layers[-1].norm
-            self._heads[asked] = head_memory(self.model, norm, self._head_recipe, kind)
-        return self._heads[asked]
-
-    def static(self) -> dict[str, float]:
-        """What every phase of a running step holds, per rank: weights, adapters, optimizer states, workspace."""
-        inv, how, ranks = self.inventory, self.strategy, self._ranks
-        is_split = how.shards_weights or how.splits_layers
-        whole = 0 if how.splits_layers else inv.constants_bytes
-        base = (inv.weights_bytes - whole) / (ranks if is_split else 1) + whole
-        adapters = inv.adapters_bytes / (ranks if is_split else 1)
-        states = (inv.states_bytes + inv.master_bytes) / (
-            ranks if how.shards_optimizer or how.splits_layers else 1
-        )
-        if self.setup.offload == "params+optimizer":
-            base = adapters = 0.0
-        if self.setup.offload != "none":
-            states = 0.0
-        terms = dict.fromkeys(ALLOCATED_TERMS, 0.0)
-        terms |= {"weights": base, "adapters": adapters, "optimizer": states}
-        terms["workspace"] = self._workspace + self.buffers.always
-        return terms
-
-    def _exchange(self) -> Buffers:
-        inv = self.inventory
-        if self._ranks == 1:
-            return Buffers()
-        return self.strategy.buffers(
-            Exchanged(
-                ranks=self._ranks,
-                layer_bytes=inv.largest_layer_bytes,
-                root_bytes=inv.root_bytes,
-                trained_root_bytes=inv.root_bytes if self.recipe.trains_base else 0,
-                gradients_bytes=inv.gradients_bytes,
-                trained_params=inv.trained_params,
-                weight_width=DTYPE_BYTES[self.setup.weights_dtype],
-                is_reentrant=self.recipe.reentrant and self.setup.checkpointing == "full",
-            )
-        )
-
-    def gradients_per_rank(self) -> float:
-        """All gradients that one rank holds after a backward."""
-        share = self._ranks if self.strategy.splits_layers else self.gradient_ranks
-        return self.inventory.gradients_bytes / share
-
-    def accumulated_gradients(self) -> float:
-        """All gradients that one rank holds between micro-batches; whole where ranks exchange after the last one only."""
-        setup, inv = self.setup, self.inventory
-        if self._ranks == 1 or not self.strategy.accumulates_whole:
-            return self.gradients_per_rank()
-        if not self.strategy.casts_gathered or setup.autocast is None:
-            return float(inv.gradients_bytes)
-        return float(inv.trained_params * DTYPE_BYTES[setup.autocast])
-
-    @property
-    def holds_inputs(self) -> bool:
-        """Whether every checkpoint's input and its gradient outlive the layer's backward."""
-        is_frozen = not self.recipe.trains_base and self.setup.checkpointing == "full"
-        return self._ranks > 1 and self.strategy.holds_frozen_inputs and is_frozen and self.recipe.reentrant
-
-    @property
-    def gradient_ranks(self) -> int:
-        """Ranks among which one gradient is split."""
-        return self._ranks if self.strategy.shards_gradients else 1
 
 
 class Step:
@@ -246,7 +83,7 @@ class Step:
     def _autocast_copies(self, *, with_head: bool = False) -> float:
         """Autocast keeps a 16-bit copy of each trained float32 matrix until its context ends; the layers' copies."""
         setup, run = self.run.setup, self.run
-        width = DTYPE_BYTES[setup.adapter_dtype if setup.uses_adapters else setup.weights_dtype]
+        width = run.recipe.adapter if setup.uses_adapters else run.recipe.weight
         if setup.autocast is None or width != 4 or (run.strategy.casts_gathered and setup.num_gpus > 1):
             return 0.0
         if setup.uses_adapters:
@@ -271,7 +108,20 @@ class Step:
         if self.run.setup.loss == "full":
             head = self.run.head(self.tokens, ends_at_logits=True)
             logits = self._plus(self.stored, exchange, head.forward.at(self.tokens, self.seq_len))
-        return _highest([self._last_layer(memory), logits])
+        return _highest([self._last_layer(memory), logits, *self._gathers(memory)])
+
+    def _gathers(self, memory: BlockMemory) -> list[dict[str, float]]:
+        """Moments at which the weights of the last layer, or of the model's end, have just arrived."""
+        if not self.run.reduces_by_group:
+            return []
+        buffers = self.run.buffers
+        at_layer, at_tail = {"workspace": buffers.layer_gather}, {"workspace": buffers.tail_gather}
+        at_first = {"workspace": buffers.first_gather, "gradients": self.held_grads}
+        return [
+            self._plus(at_first, {"activations": float(self.stream)}),
+            self._plus(self.stored, self._without_own(memory), at_layer),
+            self._plus(self.stored, at_tail),
+        ]
 
     def _last_layer(self, memory: BlockMemory) -> dict[str, float]:
         exchange = {"workspace": self.run.buffers.forward}
@@ -291,7 +141,7 @@ class Step:
         """
         buffers = self.run.buffers
         at_head = {"workspace": buffers.head_backward - self._freed_copies()}
-        at_layer = {"workspace": buffers.layer_backward - self._freed_copies()}
+        at_layer = {"workspace": buffers.last_layer_backward - self._freed_copies()}
         head = self._shard_grads(self.run.head(self.tokens).backward.at(self.tokens, self.seq_len))
         candidates = [self._plus(self.stored, at_head, head)]
         for block in self.blocks:
@@ -302,7 +152,27 @@ class Step:
             )
             candidates.append(self._plus(self._only_first(block), peak, self._late_grads(block)))
         candidates.append(self._embedding_backward())
-        return _highest(candidates)
+        return _highest([*candidates, *self._reductions()])
+
+    def _reductions(self) -> list[dict[str, float]]:
+        """Moments at which a group's whole gradients are about to become a rank's share."""
+        run = self.run
+        if not run.reduces_by_group:
+            return []
+        logits = run.recipe.compute * self.tokens * run.model.vocab_size if run.setup.loss == "full" else 0
+        at_head = {"workspace": run.buffers.head_product, "logits": float(logits)}
+        at_layer, ahead = (
+            {"workspace": held, "activations": float(self.stream)}
+            for held in (run.buffers.layer_reduce, run.buffers.prefetch)
+        )
+        at_embedding = {"workspace": run.buffers.embedding_reduce, "gradients": self._layers_grads()}
+        candidates = [self._plus(self.stored, at_head), self._plus(at_embedding)]
+        candidates.append(self._plus(self.stored, ahead, self._head_grads()))
+        for block in self.blocks:
+            own = self._without_own(block.memory)
+            candidates.append(self._plus(self.stored, own, at_layer, self._head_grads()))
+            candidates += [self._plus(moment, self._late_grads(block)) for moment in (at_layer, ahead)]
+        return candidates
 
     def _without_own(self, memory: BlockMemory) -> dict[str, float]:
         """A peak of a layer that isn't recomputed counts what it saved itself; take it out of the stored."""
@@ -311,26 +181,27 @@ class Step:
         sizes = zip(CATEGORIES, memory.saved, strict=True)
         return {name: -evaluate(size, self.tokens, self.seq_len) for name, size in sizes}
 
-    def _only_first(self, block: _LayerKind) -> dict[str, float]:
+    def _only_first(self, block: LayerKind) -> dict[str, float]:
         """What is left of the stored when the first layer's backward begins."""
         if self.run.holds_inputs:
             return self._all_inputs()
         kept = self.is_checkpointed or block.memory.saves_input
         return {
             "activations": self.mask + self._escaped() + (self.stream if kept else 0.0),
-            "workspace": self.run.buffers.layer_backward,
+            "workspace": self.run.buffers.first_layer_backward,
         }
 
     def _all_inputs(self) -> dict[str, float]:
         """All stored, and the gradients of the inputs of all layers but the first two, which the peak counts itself."""
         num_layers = sum(block.count for block in self.blocks)
         activations = self.stored["activations"] + max(0, num_layers - 2) * self.stream
-        workspace = self.stored["workspace"] - self._freed_copies() + self.run.buffers.layer_backward
+        workspace = self.stored["workspace"] - self._freed_copies() + self.run.buffers.first_layer_backward
         return {"activations": activations, "workspace": workspace}
 
     def _shard_grads(self, peak: dict[str, float]) -> dict[str, float]:
         """Gradients made within a block: one at a time where each is used, or added to a held one, at once."""
-        if not (self.run.setup.optimizer_in_backward or self.held_grads):
+        is_reused = self.run.setup.optimizer_in_backward or self.held_grads
+        if not is_reused or self.run.reduces_by_group:
             return peak
         return {**peak, "gradients": min(peak["gradients"], self.run.inventory.largest_trained_bytes)}
 
@@ -339,20 +210,37 @@ class Step:
         if self.held_grads or self.run.setup.optimizer_in_backward:
             return {}
         run = self.run
-        if not run.recipe.trains_base or run.model.head is None:
+        is_late = run.reduces_by_group and run.model.tied_head
+        if not run.recipe.trains_base or run.model.head is None or is_late:
             return {}
         ranks = 1 if run.strategy.reduces_root_last else run.gradient_ranks
-        return {"gradients": run.model.head.num_weights * run.recipe.weight / ranks}
+        share = self._share(run.model.head.num_weights * run.recipe.weight)
+        return {"gradients": share * run.gradient_ranks / ranks}
 
-    def _late_grads(self, block: _LayerKind) -> dict[str, float]:
+    def _share(self, whole_gradients: float) -> float:
+        """What a rank keeps of gradients that a layer made."""
+        run = self.run
+        if not run.reduces_by_group:
+            return whole_gradients / run.gradient_ranks
+        made = run.recipe.adapter if run.setup.uses_adapters else run.recipe.weight
+        return whole_gradients * trained_width(run.setup) / made / run.gradient_ranks
+
+    def _late_grads(self, block: LayerKind) -> dict[str, float]:
         """All gradients but those that the first layer and the embedding are about to make."""
         if self.run.setup.optimizer_in_backward:
             return {}
         if self.held_grads:
             return {"gradients": self.held_grads}
-        embedding = 0 if self.run.model.tied_head else self._embedding_bytes()
-        own = block.memory.weight_gradients[0] / self.run.gradient_ranks
-        return {"gradients": max(0.0, self.all_grads - own - embedding)}
+        own = self._share(block.memory.weight_gradients[0])
+        return {"gradients": max(0.0, self._layers_grads() - own)}
+
+    def _layers_grads(self) -> float:
+        """All gradients that a rank keeps before the embedding has made its own."""
+        if self.held_grads:
+            return self.held_grads
+        if self.run.reduces_by_group:
+            return self.all_grads - self._share(self._embedding_bytes())
+        return self.all_grads - (0.0 if self.run.model.tied_head else self._embedding_bytes())
 
     def _embedding_bytes(self) -> float:
         run = self.run
@@ -362,10 +250,12 @@ class Step:
 
     def _embedding_backward(self) -> dict[str, float]:
         """The embedding's dense gradient beside all others; with a tied head it is added to the head's."""
+        exchange = {"workspace": self.run.buffers.embedding_backward, "activations": float(self.stream)}
         second = self._embedding_bytes() if self.run.model.tied_head or self.held_grads else 0.0
-        grads = self.held_grads or self.all_grads or self._embedding_bytes()
-        exchange = {"workspace": self.run.buffers.embedding_backward}
-        return self._plus({"gradients": grads + second, "activations": float(self.stream)}, exchange)
+        grads = (self.held_grads or self.all_grads or self._embedding_bytes()) + second
+        if self.run.reduces_by_group:
+            grads = self._layers_grads() + self._embedding_bytes()
+        return self._plus({"gradients": grads}, exchange)
 
     def _optimizer(self) -> dict[str, float]:
         inventory = self.run.inventory
@@ -380,12 +270,15 @@ class Step:
         """The head, or a layer beside its input and the embeddings' output, which the model's forward holds."""
         setup, run = self.run.setup, self.run
         tokens = self.tokens if setup.eval_batch_size is None else setup.eval_batch_size * self.seq_len
-        copies = {"workspace": self._autocast_copies(with_head=setup.loss == "full") + run.buffers.eval}
+        cast = self._autocast_copies(with_head=setup.loss == "full")
+        at_layer, at_loss = ({"workspace": cast + held} for held in (run.buffers.eval, run.buffers.eval_loss))
         held = {"activations": 2.0 * self.stream * tokens / self.tokens}
         head = run.head(tokens, evaluates=True).no_grad
-        peaks = [self._plus(copies, head.at(tokens, self.seq_len))]
+        peaks = [self._plus(at_loss, head.at(tokens, self.seq_len))]
+        if run.reduces_by_group:
+            peaks.append(self._plus(held, {"workspace": run.buffers.eval_gather}))
         for block in self.blocks:
-            peaks.append(self._plus(copies, held, block.memory.no_grad.at(tokens, self.seq_len)))
+            peaks.append(self._plus(at_layer, held, block.memory.no_grad.at(tokens, self.seq_len)))
         return _highest(peaks)
 
 

@@ -23,13 +23,20 @@ from planner.uncertainty import Uncertainty
 
 NOT_REPLAYED = "side streams, and segments that others' libraries hold"
 
+TRACED_SHARDINGS = ("ddp", "fsdp")
+
 _UNTRACED: tuple[tuple[str, Callable[[TrainSetup], bool], str], ...] = (
     (
         "objective",
         lambda s: s.objective not in ("sft", "pretrain", "mlm"),
         "only sft, pretrain and mlm can be traced yet",
     ),
-    ("num_gpus", lambda s: s.num_gpus > 1, "only one GPU's step can be traced yet"),
+    (
+        "sharding",
+        lambda s: s.num_gpus > 1 and s.sharding not in TRACED_SHARDINGS,
+        f"of several GPUs' steps only {', '.join(TRACED_SHARDINGS)} can be traced",
+    ),
+    ("offload", lambda s: s.offload != "none", "host memory can't be traced yet"),
     ("compile", lambda s: s.compile, "a compiled model can't be traced; leave compile out"),
 )
 

@@ -6,7 +6,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -19,11 +19,13 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from bench.build import build_model, inner_model, load_config, one_line
 from bench.optim import build_optimizer
 from bench.quiet import quiet_libraries
+from bench.ranks import rank_step
 from bench.step import TrainStep
 from bench.trace.cuda import WORKSPACES, cuda_rules
 from bench.trace.depth import Depths, PhasePeak, choose_depths, layer_kinds, phase_peaks, shallow_config
 from bench.trace.fakes import fill_with_fakes, quantised_tensors
 from bench.trace.kernels import fused_kernels
+from bench.trace.ranks import RankTracker, fake_ranks, let_buckets_pass
 from bench.trace.recording import CUDA_ROUNDING_BYTES, HOST, Recording, Storage
 from bench.trace.scans import scan_kernels
 from bench.trace.stacks import apply_stack, stack_attention, stack_loss
@@ -32,6 +34,7 @@ from bench.trace.tracker import Tracker, layer_numbers
 from planner.errors import FinefitError
 from planner.optimizers import find_optimizer
 from planner.setup import TrainSetup
+from planner.sharding import STRATEGIES
 
 NUM_STEPS = 2
 """Optimizer states appear in the first step; the second one is the steady state."""
@@ -121,7 +124,7 @@ def trace(
     at = timeline.highest(NUM_STEPS)
     newest = timeline.storages[timeline.events[at]]
     return TraceResult(
-        phases={name: phases[name] for name in _REPORTED if name in phases},
+        phases={name: phases[name] for name in REPORTED if name in phases},
         largest=tuple(_live_tensor(timeline, s) for s in timeline.live_at(at)[:NUM_LARGEST]),
         operator=newest.op,
         module=newest.module,
@@ -145,7 +148,7 @@ def _record_depths(
     return tuple(recordings)
 
 
-_REPORTED = ("load", "forward", "loss", "backward", "optimizer", "save", "eval")
+REPORTED = ("load", "forward", "loss", "backward", "optimizer", "save", "eval")
 
 
 def _live_tensor(recording: Recording, storage: Storage) -> LiveTensor:
@@ -199,32 +202,48 @@ _STEP_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError
 
 
 def record(setup: TrainSetup, *, on_gpu: bool) -> Recording:
-    """Run two optimizer steps, an evaluation of one batch and the moment of saving on fake tensors."""
+    """Run two optimizer steps, an evaluation of one batch and the moment of saving on fake tensors.
+
+    With several ranks it is the first one's share.
+    """
+    answer = not (setup.packing and setup.attention != "flash")
+    workspaces = WORKSPACES if on_gpu else {}
+    if setup.num_gpus == 1:
+        tracker = Tracker(answer=answer, workspaces=workspaces)
+        return record_on(setup, tracker, FakeTensorMode(allow_non_fake_inputs=True), on_gpu=on_gpu)
+    shared = RankTracker(answer=answer, workspaces=workspaces)
+    with fake_ranks(setup.num_gpus), shared.resizes():
+        return record_on(setup, shared, FakeTensorMode(allow_non_fake_inputs=True), on_gpu=on_gpu)
+
+
+def record_on(
+    setup: TrainSetup,
+    tracker: Tracker,
+    tensors: AbstractContextManager[Any],
+    *,
+    on_gpu: bool,
+    fill: Callable[[nn.Module], None] = fill_with_fakes,
+) -> Recording:
+    """The same on the tensors that are made inside `tensors`; several ranks need their process group.
+
+    `fill` gives a model on the meta device its tensors.
+    """
     model = build_model(setup, meta=True)
     apply_stack(setup, model)
-    tracker = Tracker(
-        answer=not (setup.packing and setup.attention != "flash"),
-        workspaces=WORKSPACES if on_gpu else {},
-    )
     with _fake_step(setup, tracker, on_gpu), _kernels(setup, model, on_gpu):
-        with FakeTensorMode(allow_non_fake_inputs=True) as fakes, tracker:
+        with tensors, tracker:
             tracker.begin("load")
-            fill_with_fakes(model)
+            fill(model)
             tracker.watch(model)
             _mark_weights(tracker, setup, model)
-        # An 8-bit optimizer computes its code books when it is built.
-        with tracker:
-            tracker.begin("build")
-            optimizer = build_optimizer(setup, model)
+        step = _build_step(setup, model, tracker, tensors)
         if on_gpu:
-            _choose_foreach(optimizer)
+            _choose_foreach(step.optimizer)
         num_layers = 1 + max(layer_numbers(model, [n for n, _ in model.named_modules()]).values(), default=-1)
         tracker.max_ops = MAX_OPS_PER_LAYER * max(1, num_layers)
-        step = TrainStep(setup, model, optimizer, phase=tracker.phase)
-        step.loss = stack_loss(setup, model) or step.loss
-        with fakes, tracker:
+        with tensors, tracker:
             _run(step, tracker, setup)
-            _mark_paged(tracker, setup, optimizer)
+            _mark_paged(tracker, setup, step.optimizer)
     config = inner_model(model).config.get_text_config()
     return tracker.recording(
         vocab_size=config.vocab_size,
@@ -245,6 +264,32 @@ def _kernels(setup: TrainSetup, model: nn.Module, on_gpu: bool) -> Iterator[None
         yield
 
 
+def _build_step(
+    setup: TrainSetup, model: nn.Module, tracker: Tracker, tensors: AbstractContextManager[Any]
+) -> TrainStep:
+    loss = stack_loss(setup, model)
+    if setup.num_gpus > 1:
+        with tensors, tracker:
+            if STRATEGIES[setup.sharding].shards_weights:
+                # Whole weights stay on the host; the device gets a rank's share of them.
+                _mark_all(tracker, model, HOST)
+            tracker.begin("build")
+            step = rank_step(setup, model, loss=loss, phase=tracker.phase)
+            if not tracker.has_values:
+                let_buckets_pass(step.model)
+            tracker.begin("load")
+            torch.empty(0)
+            _mark_weights(tracker, setup, model)
+    else:
+        # An 8-bit optimizer computes its code books when it is built.
+        with tracker:
+            tracker.begin("build")
+            optimizer = build_optimizer(setup, model)
+        step = TrainStep(setup, model, optimizer, phase=tracker.phase)
+        step.loss = loss or step.loss
+    return step
+
+
 def _run(step: TrainStep, tracker: Tracker, setup: TrainSetup) -> None:
     num_micro_batches = min(setup.grad_accum_steps, MAX_MICRO_BATCHES)
     num_trained = setup.tokens_per_micro_batch * num_micro_batches
@@ -261,7 +306,9 @@ def _run(step: TrainStep, tracker: Tracker, setup: TrainSetup) -> None:
     step.model.eval()
     with torch.no_grad():
         rows = setup.eval_batch_size or setup.micro_batch_size
-        step.forward(fake_batch(setup, rows), rows * setup.seq_len)
+        # The first batch may leave gathered weights behind.
+        for _ in range(2 if setup.num_gpus > 1 else 1):
+            step.forward(fake_batch(setup, rows), rows * setup.seq_len)
 
 
 def _no_phase(name: str) -> Any:
@@ -273,8 +320,11 @@ def fake_batch(setup: TrainSetup, num_rows: int) -> dict[str, torch.Tensor]:
 
     Hugging Face's collators, which a named stack stands for, give no positions.
     """
-    names = ["input_ids", "labels"] + ([] if setup.stack else ["position_ids"])
-    return {name: torch.empty((num_rows, setup.seq_len), dtype=torch.int64) for name in names}
+    shape = (num_rows, setup.seq_len)
+    batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+    if not setup.stack:
+        batch["position_ids"] = torch.arange(setup.seq_len).repeat(num_rows, 1)
+    return batch
 
 
 def _mark_weights(tracker: Tracker, setup: TrainSetup, model: nn.Module) -> None:
@@ -288,6 +338,11 @@ def _mark_weights(tracker: Tracker, setup: TrainSetup, model: nn.Module) -> None
         tracker.mark(parameter, "adapters" if trains_adapter else "weights")
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_grad_marker(tracker))
+
+
+def _mark_all(tracker: Tracker, model: nn.Module, category: str) -> None:
+    for parameter in model.parameters():
+        tracker.mark(parameter, category)
 
 
 def _grad_marker(tracker: Tracker) -> Any:

@@ -29,6 +29,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
     counter must not be 0), `answer` for a truth value, and 0 for a loss scaler's overflow flag.
     """
 
+    has_values = False
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Nothing is compiled in here, and the guard around each operator costs as much as recording it."""
@@ -68,9 +70,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         kwargs = kwargs or {}
         if func is _DEVICE:
             return args[0].fake_device
-        if func is aten._local_scalar_dense.default:
+        if not self.has_values and func is aten._local_scalar_dense.default:
             return self._value(args[0])
-        if func is aten.equal.default:
+        if not self.has_values and func is aten.equal.default:
             return True
         self._note_recompute()
         held = self._hold_workspace(func, args, kwargs)
@@ -110,16 +112,27 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
 
     def _register(self, tensor: torch.Tensor, op: str, source: Any = None) -> None:
         storage = tensor.untyped_storage()
+        if storage._cdata not in self._live:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            self.register_storage(storage, op, tuple(tensor.shape), dtype, source)
+
+    def register_storage(
+        self,
+        storage: torch.UntypedStorage,
+        op: str,
+        shape: tuple[int, ...] = (),
+        dtype: str = "uint8",
+        source: Any = None,
+    ) -> None:
+        """Record a storage that `op` has made, or filled again."""
         key = storage._cdata
-        if key in self._live:
-            return
         module = self._module()
         layer = self._layer_of(module)
         record = Storage(
             number=len(self.storages),
             num_bytes=storage.nbytes(),
-            shape=tuple(tensor.shape),
-            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=shape,
+            dtype=dtype,
             op=op,
             module=module,
             layer=layer,
@@ -137,7 +150,15 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         self.events.append(record.number)
         weakref.finalize(storage, self._free, key, record).atexit = False
 
+    def forget(self, storage: torch.UntypedStorage) -> None:
+        """A storage has been emptied, though tensors still refer to it."""
+        record = self._live.get(storage._cdata)
+        if record is not None:
+            self._free(storage._cdata, record)
+
     def _free(self, key: int, record: Storage) -> None:
+        if record.freed_at is not None:
+            return
         if self._live.get(key) is record:
             del self._live[key]
         record.freed_at = len(self.events)

@@ -1,0 +1,163 @@
+"""What of a setup and model doesn't depend on the batch, for one rank: its weights and states, its blocks, its buffers."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+from planner.blocks import Recipe, layer_memory
+from planner.exchange import exchanged
+from planner.heads import LossBytes, head_memory
+from planner.inventory import take_inventory
+from planner.layers import target_matrices
+from planner.lowering import block_recipe, keeps_embeddings, loss_bytes
+from planner.results import ALLOCATED_TERMS
+from planner.setup import TrainSetup
+from planner.sharding import STRATEGIES, Buffers
+from planner.specs import LayerSpec, ModelSpec
+from planner.stack import parse_stack
+from planner.tape import BlockMemory
+from planner.units import DTYPE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """A kind of layer: how often it occurs, and its memory."""
+
+    count: int
+    memory: BlockMemory
+
+
+_layer_memory = functools.lru_cache(maxsize=4096)(layer_memory)
+
+
+@functools.lru_cache(maxsize=8192)
+def _layer_kinds(model: ModelSpec, recipe: Recipe, masked: tuple[bool, ...]) -> tuple[LayerKind, ...]:
+    """Kinds of layers that differ only in number and window are built once."""
+    kinds = []
+    for layer, is_masked in zip(model.layers, masked, strict=True):
+        alike = replace(layer, count=1, window=None)
+        memory = _layer_memory(alike, model.hidden_size, replace(recipe, is_masked=is_masked))
+        kinds.append(LayerKind(layer.count, memory))
+    return tuple(kinds)
+
+
+@functools.lru_cache(maxsize=1024)
+def _up_to_logits(kind: LossBytes) -> LossBytes:
+    return replace(kind, ends_at_logits=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def _without_layers(recipe: Recipe) -> Recipe:
+    """The model's end has neither adapters nor attention: setups that differ in those share it."""
+    return replace(recipe, adapted=(), adapter=0, dropout=False, attention="sdpa", has_flash=True)
+
+
+class Run:
+    """What of a setup and model doesn't depend on the batch, per rank.
+
+    `workspace_bytes`: what libraries take through the allocator.
+    """
+
+    def __init__(
+        self, setup: TrainSetup, model: ModelSpec, *, on_gpu: bool, has_flash: bool, workspace_bytes: int
+    ) -> None:
+        """Raises SetupError for targets that match nothing, UnknownNameError for an unknown method."""
+        self.setup, self.model = setup, model
+        self.strategy = STRATEGIES[setup.sharding]
+        self.inventory = take_inventory(setup, model)
+        self._stack = parse_stack(setup.stack)
+        self.keeps_embeddings = keeps_embeddings(setup, model, self._stack)
+        self.recipe = block_recipe(setup, model, self._stack, on_gpu=on_gpu, has_flash=has_flash)
+        self._heads: dict[tuple[int, bool, bool], BlockMemory] = {}
+        self._head_recipe = _without_layers(self.recipe)
+        self._ranks = setup.num_gpus
+        self._workspace = workspace_bytes
+        self.buffers = Buffers()
+        if setup.num_gpus > 1:
+            groups = exchanged(setup, model, self.inventory, is_reentrant=self.recipe.reentrant)
+            self.buffers = self.strategy.buffers(groups)
+
+    def blocks(self, seq_len: int) -> tuple[LayerKind, ...]:
+        """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
+        masked = tuple(self._is_masked(layer, seq_len) for layer in self.model.layers)
+        return _layer_kinds(self.model, self.recipe, masked)
+
+    def _is_masked(self, layer: LayerSpec, seq_len: int) -> bool:
+        if self.setup.attention != "sdpa":
+            return False
+        is_beyond = layer.window is not None and seq_len >= layer.window
+        return is_beyond or self.setup.packing or self.setup.padding_free
+
+    def num_cast_params(self) -> int:
+        """Adapters' elements that autocast casts: all but those that peft folds into experts without it."""
+        cast = (t for t in target_matrices(self.model, self.setup.targets) if t[1].kind != "parameter")
+        return sum(
+            layer.count * matrix.copies * self.setup.rank * (matrix.in_features + matrix.out_features)
+            for layer, matrix in cast
+        )
+
+    def mask_width(self, seq_len: int) -> int:
+        """Bytes per pair of positions of the mask that the layers share: additive for eager, else boolean."""
+        if self.setup.attention == "eager":
+            return self.recipe.compute
+        return int(any(self._is_masked(layer, seq_len) for layer in self.model.layers))
+
+    def head(self, tokens: int, *, ends_at_logits: bool = False, evaluates: bool = False) -> BlockMemory:
+        """Final norm, head and loss; how many tokens a chunked loss takes at once depends on the batch."""
+        asked = (tokens, ends_at_logits, evaluates)
+        if asked not in self._heads:
+            kind = loss_bytes(self.setup, self.model, self._stack, tokens, evaluates)
+            kind = _up_to_logits(kind) if ends_at_logits else kind
+            norm = self.model.layers[-1].norm
+            self._heads[asked] = head_memory(self.model, norm, self._head_recipe, kind)
+        return self._heads[asked]
+
+    def static(self) -> dict[str, float]:
+        """What every phase of a running step holds, per rank: weights, adapters, optimizer states, workspace."""
+        inv, how, ranks = self.inventory, self.strategy, self._ranks
+        is_split = how.shards_weights or how.splits_layers
+        whole = 0 if how.splits_layers else inv.constants_bytes
+        base = (inv.weights_bytes - whole) / (ranks if is_split else 1) + whole
+        adapters = inv.adapters_bytes / (ranks if is_split else 1)
+        states = (inv.states_bytes + inv.master_bytes) / (
+            ranks if how.shards_optimizer or how.splits_layers else 1
+        )
+        if self.setup.offload == "params+optimizer":
+            base = adapters = 0.0
+        if self.setup.offload != "none":
+            states = 0.0
+        terms = dict.fromkeys(ALLOCATED_TERMS, 0.0)
+        terms |= {"weights": base, "adapters": adapters, "optimizer": states}
+        terms["workspace"] = self._workspace + self.buffers.always
+        return terms
+
+    @property
+    def reduces_by_group(self) -> bool:
+        """Whether gradients are whole until their group's backward is done, and split then."""
+        return self.strategy.reduces_by_group and self._ranks > 1
+
+    def gradients_per_rank(self) -> float:
+        """All gradients that one rank holds after a backward."""
+        share = self._ranks if self.strategy.splits_layers else self.gradient_ranks
+        return self.inventory.gradients_bytes / share
+
+    def accumulated_gradients(self) -> float:
+        """All gradients that one rank holds between micro-batches; whole where ranks exchange after the last one only."""
+        setup, inv = self.setup, self.inventory
+        if self._ranks == 1 or not self.strategy.accumulates_whole:
+            return self.gradients_per_rank()
+        if not self.strategy.casts_gathered or setup.autocast is None:
+            return float(inv.gradients_bytes)
+        return float(inv.trained_params * DTYPE_BYTES[setup.autocast])
+
+    @property
+    def holds_inputs(self) -> bool:
+        """Whether every checkpoint's input and its gradient outlive the layer's backward."""
+        is_frozen = not self.recipe.trains_base and self.setup.checkpointing == "full"
+        return self._ranks > 1 and self.strategy.holds_frozen_inputs and is_frozen and self.recipe.reentrant
+
+    @property
+    def gradient_ranks(self) -> int:
+        """Ranks among which one gradient is split."""
+        return self._ranks if self.strategy.shards_gradients else 1
