@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from bench.cache import MANIFEST, build_folder, is_whole, user_cache
+from bench.cache import MANIFEST, build_folder, is_whole
 from bench.weights import load_tokenizer, local_model
 from planner.errors import FinefitError, UnknownNameError, UsageError
+from planner.files import user_cache
 from planner.setup import TrainSetup
 
 pytestmark = pytest.mark.train

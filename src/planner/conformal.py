@@ -39,7 +39,7 @@ class Distribution:
     @property
     def scale(self) -> float:
         """How fast the unseen mass falls off."""
-        return max((abs(value) for value in self.values), default=0.0)
+        return max(-self.values[0], self.values[-1]) if self.values else 0.0
 
     @property
     def median(self) -> float:
