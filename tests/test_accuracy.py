@@ -261,7 +261,7 @@ class TestCommand:
         from planner.cli_options import Session
         from planner.errors import NotModelledError
 
-        def trace(setup, machine):
+        def trace(setup, machine, *, label):
             if setup.method == "full":
                 raise NotModelledError("num_gpus: only one GPU's step can be traced yet")
             if setup.rank == 3:

@@ -16,6 +16,7 @@ import click
 from bench.cli_commands import COMMANDS as RUN_COMMANDS
 from bench.cli_compare import COMMANDS as COMPARE_COMMANDS
 from bench.cli_trace import COMMANDS as TRACE_COMMANDS
+from bench.cli_trace import trace_with_bar
 from bench.extras import missing_extra
 from planner import __version__
 from planner.cli import COMMANDS as PLANNER_COMMANDS
@@ -147,8 +148,5 @@ def _token_lengths(wishes: Mapping[str, Any]) -> tuple[DataLengths | None, str |
         return row_lengths(wishes)
 
 
-def _trace(setup: TrainSetup, machine: Machine) -> Estimate:
-    from bench.trace.estimate import trace_estimate
-
-    with redirect_stdout(sys.stderr):
-        return trace_estimate(setup, machine)
+def _trace(setup: TrainSetup, machine: Machine, *, label: str = "trace") -> Estimate:
+    return trace_with_bar(setup, machine, label=label).estimate

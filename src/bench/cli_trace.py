@@ -122,7 +122,10 @@ def _bar(label: str) -> Iterator[Progress]:
         yield show
 
 
-def _trace(setup: TrainSetup, machine: Machine, all_layers: bool, label: str) -> Traced:
+def trace_with_bar(
+    setup: TrainSetup, machine: Machine, *, all_layers: bool = False, label: str = "trace"
+) -> Traced:
+    """Trace a setup; on a terminal a bar, named `label`, says how far it is. See bench.trace.estimate.trace_on."""
     with _bar(label) as progress, redirect_stdout(sys.stderr):
         progress("loading libraries", 0, 3)
         from bench.trace.estimate import trace_on
@@ -135,7 +138,7 @@ def _print_one(
 ) -> None:
     from bench.trace_text import format_trace
 
-    traced = _trace(setup, machine, all_layers, "trace")
+    traced = trace_with_bar(setup, machine, all_layers=all_layers)
     if plot is not None:
         _draw(traced, plot)
     click.echo(format_json(traced.to_json()) if as_json else format_trace(traced, terminal_width()))
@@ -168,7 +171,8 @@ def _print_cases(session: Session, name: str, gpu: str | None, all_layers: bool,
     count = 0
 
     def answer(setup: TrainSetup, machine: Machine) -> Traced:
-        return _trace(setup, machine, all_layers, f"case {count + 1} of {len(lines)}")
+        label = f"case {count + 1} of {len(lines)}"
+        return trace_with_bar(setup, machine, all_layers=all_layers, label=label)
 
     def find_machine(words: str, fields: dict[str, Any]) -> Machine:
         return resolve_machine(session, words, fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,10 +53,11 @@ def accuracy_command(
     from planner import accuracy
     from planner.estimate import estimate
 
-    predict = _tracer(context.ensure_object(Session)) if trace else estimate
     with cases.open("rb") as lines:
         read = list(accuracy.read_cases(str(cases), lines))
-    with click.progressbar(read, label="cases", file=sys.stderr, hidden=not _shows_bar()) as bar:
+    predict = _tracer(context.ensure_object(Session), len(read)) if trace else estimate
+    is_hidden = trace or not sys.stderr.isatty()
+    with click.progressbar(read, label="cases", file=sys.stderr, hidden=is_hidden) as bar:
         compared = accuracy.compare(bar, predict)
     if residuals is not None:
         from planner.files import write_atomically
@@ -68,19 +70,20 @@ def accuracy_command(
         _print_text(compared, str(cases), worst, markdown, trace)
 
 
-def _shows_bar() -> bool:
-    return sys.stderr.isatty()
+def _tracer(session: Session, num_cases: int) -> Answer:
+    """The trace as a predictor; whatever it stumbles over is told beside the case and costs no other case.
 
-
-def _tracer(session: Session) -> Answer:
-    """The trace as a predictor; whatever it stumbles over is told beside the case and costs no other case."""
+    A case with corrections is traced twice, so the bar counts traces of at least so many cases.
+    """
     trace = session.trace
     if trace is None:
         raise FinefitError("tracing needs the training extra: pip install 'finefit[train]'")
 
+    numbers = count(1)
+
     def predict(setup: TrainSetup, machine: Machine) -> Estimate:
         try:
-            return trace(setup, machine)
+            return trace(setup, machine, label=f"trace {next(numbers)}, {num_cases} cases")
         except FinefitError:
             raise
         except Exception as error:

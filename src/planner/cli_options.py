@@ -14,7 +14,6 @@ from planner.fields import FIELDS, SECTIONS, FieldType
 if TYPE_CHECKING:
     from planner.results import Estimate
     from planner.search import DataLengths
-    from planner.setup import TrainSetup
     from planner.specs import Machine
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,13 +27,14 @@ class Session:
 
     The planner knows no driver, tokenizer or tensor library: whoever builds the command line fills these in.
     None means that this installation can't do it. `token_lengths` takes TrainSetup fields, among them `data`, and
-    gives the rows' lengths or says why they are unknown.
+    gives the rows' lengths or says why they are unknown. `trace` takes a setup, a machine and, by keyword, a `label`
+    for its progress bar.
     """
 
     debug: bool = False
     local_machine: Callable[[], Machine] | None = None
     token_lengths: Callable[[Mapping[str, Any]], tuple[DataLengths | None, str | None]] | None = None
-    trace: Callable[[TrainSetup, Machine], Estimate] | None = None
+    trace: Callable[..., Estimate] | None = None
 
 
 class _Nothing:
