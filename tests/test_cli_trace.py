@@ -96,6 +96,35 @@ def test_a_card_that_is_too_small_says_where_it_fails(model: str, capsys: pytest
     assert "The largest tensors alive then" in text
 
 
+@pytest.mark.train
+def test_experts_of_an_old_stack_are_refused_before_anything_is_traced(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["trace", "mixtral-8x7b-v0.1", "--gpu", "a100-80gb-sxm", "--method", "qlora"]
+    assert run([*words, "--stack", "transformers 4.48.1"]) == 1
+    assert "stack: before transformers 5" in capsys.readouterr().err
+
+
+@pytest.mark.train
+def test_reserved_memory_is_that_of_a_run_on_this_card() -> None:
+    from bench.trace.estimate import trace_on
+    from planner.catalog import find_gpu
+    from planner.setup import TrainSetup
+    from planner.specs import Machine
+
+    setup = TrainSetup(model=CONFIG, method="full", seq_len=1024, micro_batch_size=8, checkpointing="none")
+    gpu = find_gpu("rtx-4090")
+    roomy = trace_on(setup, Machine(gpu=gpu, num_gpus=1)).estimate.memory
+    short = roomy.terms["fragmentation"] // 2
+    tight = trace_on(setup, Machine(gpu=gpu, num_gpus=1, free_bytes=roomy.device_used_bytes - short))
+    assert short > 0
+    limited = tight.replayed(capacity_bytes=tight.usable_bytes)
+    assert limited.num_retries > 0
+    expected = roomy.peak_reserved_bytes if limited.failed_key is not None else limited.peak_reserved_bytes
+    assert tight.estimate.memory.peak_reserved_bytes == expected
+    assert tight.estimate.memory.peak_allocated_bytes == roomy.peak_allocated_bytes
+
+
 # --- the picture, from a run by hand
 
 

@@ -19,6 +19,7 @@ from planner.resolve import read_config
 from planner.results import PHASES, TERMS, Estimate, Memory
 from planner.setup import TrainSetup
 from planner.specs import Machine
+from planner.stack import parse_stack
 from planner.uncertainty import Uncertainty
 
 NOT_REPLAYED = "side streams, and segments that others' libraries hold"
@@ -37,6 +38,13 @@ _UNTRACED: tuple[tuple[str, Callable[[TrainSetup], bool], str], ...] = (
         f"of several GPUs' steps only {', '.join(TRACED_SHARDINGS)} can be traced",
     ),
     ("offload", lambda s: s.offload != "none", "host memory can't be traced yet"),
+    (
+        "stack",
+        lambda s: (
+            parse_stack(s.stack).splits_experts and any(layer.num_experts for layer in resolve(s).layers)
+        ),
+        "before transformers 5 each expert was a linear of its own, which today's model can't show",
+    ),
     ("compile", lambda s: s.compile, "a compiled model can't be traced; leave compile out"),
 )
 
