@@ -14,6 +14,7 @@ from planner.errors import NotModelledError, SetupError
 from planner.estimate import Estimator, estimate, usable_memory
 from planner.hf_config import model_spec
 from planner.pressure import overheads
+from planner.residuals import published_runs
 from planner.results import PHASES, TERMS, Memory
 from planner.setup import TrainSetup
 from planner.specs import Machine
@@ -123,6 +124,10 @@ class TestInterval:
         assert low <= answer["peak_allocated_bytes"] * 1.5
         assert low < high
         assert answer["interval_level"] == LEVEL
+
+    def test_says_whose_errors_it_was_learnt_from(self):
+        traced = Uncertainty(TrainSetup(model=CONFIG), source="trace").note
+        assert ("errors of the closed form" in traced) is not bool(published_runs("trace"))
 
     def test_says_whether_such_runs_were_published(self):
         known = TrainSetup(model=CONFIG, method="lora")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bench.trace import allocator_rules
 from bench.trace.allocator import CachingAllocator, OutOfMemoryError
 from bench.trace.allocator_rules import AllocatorRules
-from bench.trace.replay import replay
+from bench.trace.replay import least_capacity_bytes, replay
 from planner.units import GIB, MIB
 
 EXPANDABLE = AllocatorRules(expandable=True)
@@ -315,3 +315,21 @@ def test_pressure_never_breaks_an_expandable_segment(run):
 
 def test_the_examples_in_the_docstrings_hold():
     assert doctest.testmod(allocator_rules).failed == 0
+
+
+class TestLeastCapacity:
+    """How small a card may be."""
+
+    def test_a_hole_in_a_used_segment_is_lost(self):
+        """30 MiB are freed but for a block of 2 MiB at their start; 30 MiB more don't fit into the hole."""
+        requests = [(1, 30 * MIB), (1, -1), (2, 2 * MIB), (3, 30 * MIB)]
+        assert replay(requests).peak_allocated_bytes == 32 * MIB
+        least = least_capacity_bytes(requests)
+        assert 50 * MIB <= least <= 60 * MIB
+        assert replay(requests, capacity_bytes=least).failed_key is None
+        assert replay(requests, capacity_bytes=least - 2 * MIB).failed_key is not None
+
+    def test_whole_free_segments_are_given_back(self):
+        requests = [(1, 30 * MIB), (1, -1), (2, 40 * MIB)]
+        assert replay(requests).peak_reserved_bytes == 70 * MIB
+        assert least_capacity_bytes(requests) <= 42 * MIB

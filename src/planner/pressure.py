@@ -30,7 +30,8 @@ FEWEST = 4
 NUM_NODES = 20
 """Equally likely points of a group's shares."""
 _UNIFORM = tuple((node + 0.5) / NUM_NODES for node in range(NUM_NODES))
-STEP_PHASES = ("forward", "loss", "backward", "optimizer")
+STEP_PHASES = ("forward", "loss", "backward")
+"""Share their holes; the highest of them decides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,14 +87,16 @@ def overheads(setup: TrainSetup, memory: Memory, *, on_gpu: bool) -> tuple[float
         fragmentation = memory.terms["fragmentation"]
         return tuple(part * fragmentation for part in _UNIFORM)
     steady, peak = memory.phases["save"], memory.peak_allocated_bytes
-    features = (find_method(setup.method).trains_base, keeps_logits(setup))
-    is_shared = setup.num_gpus > 1
-    needs = [
-        [memory.phases[phase] - peak + share * max(0, memory.phases[phase] - steady) for share in shares]
-        for phase in STEP_PHASES
-        for shares in [lost_shares(phase == "optimizer", *features, is_shared)]
-    ]
-    return tuple(max(0.0, *at_node) for at_node in zip(*needs, strict=True))
+    step = max(memory.phases[phase] for phase in STEP_PHASES)
+    optimizer = memory.phases["optimizer"]
+    trains_base, is_shared = find_method(setup.method).trains_base, setup.num_gpus > 1
+    step_shares = lost_shares(False, trains_base, keeps_logits(setup), is_shared)
+    optimizer_shares = lost_shares(True, trains_base, keeps_logits(setup), is_shared)
+    step_added, optimizer_added = max(0, step - steady), max(0, optimizer - steady)
+    return tuple(
+        max(0.0, step - peak + of_step * step_added, optimizer - peak + of_optimizer * optimizer_added)
+        for of_step, of_optimizer in zip(step_shares, optimizer_shares, strict=True)
+    )
 
 
 def _at_nodes(values: Iterable[float]) -> tuple[float, ...]:

@@ -42,7 +42,8 @@ class Uncertainty:
     ) -> None:
         """`source` is the estimate's: analytic or trace. `errors` replaces what the published runs say."""
         self._setup, self._on_gpu = setup, on_gpu
-        self._known = _known(source if published_runs(source) else "analytic", kind_of(setup))
+        self._is_own = bool(published_runs(source))
+        self._known = _known(source if self._is_own else "analytic", kind_of(setup))
         if errors is not None:
             self._known = replace(self._known, errors=errors, ratios=_ratios(errors))
 
@@ -81,7 +82,9 @@ class Uncertainty:
     @property
     def note(self) -> str:
         """What the interval was learnt from, in words."""
-        return self._known.note
+        if self._is_own:
+            return self._known.note
+        return f"{self._known.note}; errors of the closed form, since the trace's own are not collected"
 
     def _chance_above(self, limit: float, allocated: int) -> float:
         """P(peak > limit) when `allocated` was predicted."""
