@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from planner.cli_accuracy import accuracy_command
+from planner.cli_costs import costs_command
 from planner.cli_options import SectionedCommand, complete, json_option
 from planner.cli_plan import estimate_command, export_command, plan_command
 from planner.cli_tables import fits_command, needs_command
@@ -79,6 +80,7 @@ COMMANDS: tuple[click.Command, ...] = (
     needs_command,
     estimate_command,
     plan_command,
+    costs_command,
     export_command,
     list_command,
     show_command,

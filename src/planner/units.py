@@ -5,7 +5,12 @@ from __future__ import annotations
 KIB = 2**10
 MIB = 2**20
 GIB = 2**30
+MINUTE_S = 60.0
 HOUR_S = 3600.0
+DAY_S = 24 * HOUR_S
+MONTH_S = 730 * HOUR_S
+"""As clouds bill a month: 365 / 12 days."""
+KWH_JOULES = 3.6e6
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes per element of the dtypes that a TrainSetup may name."""
