@@ -378,9 +378,31 @@ def _fake_step(setup: TrainSetup, tracker: Tracker, on_gpu: bool) -> Iterator[No
             stack.enter_context(cuda_rules(autocast=setup.autocast is not None))
         # transformers builds masks for fake tensors that it wouldn't build for real ones.
         stack.enter_context(mock.patch.object(transformers.masking_utils, "is_tracing", _never))
+        if setup.num_gpus > 1:
+            stack.enter_context(_unseen_propagation(tracker))
         # When the collector runs must not decide what is alive.
         gc.disable()
         stack.callback(gc.enable)
+        yield
+
+
+@contextmanager
+def _unseen_propagation(tracker: Tracker) -> Iterator[None]:
+    """Hide what DTensor runs to learn an operator's result shapes: on whole tensors, without memory, and only the
+    first time in a process (torch/distributed/tensor/_sharding_prop.py).
+    """
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    original = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate(self: Any, *args: Any) -> Any:
+        was_paused, tracker.is_paused = tracker.is_paused, True
+        try:
+            return original(self, *args)
+        finally:
+            tracker.is_paused = was_paused
+
+    with mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate):
         yield
 
 

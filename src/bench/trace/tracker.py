@@ -47,6 +47,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         self.max_ops: int | None = None
         self.step = 0
         self.current_phase = ""
+        self.is_paused = False
         self._live: dict[int, Storage] = {}
         self._flags: set[int] = set()
         self._modules: list[str] = []
@@ -68,6 +69,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and register what it made."""
         kwargs = kwargs or {}
+        if self.is_paused:
+            return func(*args, **kwargs)
         if func is _DEVICE:
             return args[0].fake_device
         if not self.has_values and func is aten._local_scalar_dense.default:
