@@ -142,3 +142,23 @@ SETTLING_S = 0.005
 def _is_collective(func: Any) -> bool:
     name: str = func._schema.name
     return name.startswith("c10d::")
+
+
+@contextmanager
+def unseen_propagation(tracker: Tracker) -> Iterator[None]:
+    """Hide what DTensor runs to learn an operator's result shapes: on whole tensors, without memory, and only the
+    first time in a process (torch/distributed/tensor/_sharding_prop.py).
+    """
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    original = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate(self: Any, *args: Any) -> Any:
+        was_paused, tracker.is_paused = tracker.is_paused, True
+        try:
+            return original(self, *args)
+        finally:
+            tracker.is_paused = was_paused
+
+    with mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate):
+        yield

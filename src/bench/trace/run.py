@@ -25,7 +25,7 @@ from bench.trace.cuda import WORKSPACES, cuda_rules
 from bench.trace.depth import Depths, PhasePeak, choose_depths, layer_kinds, phase_peaks, shallow_config
 from bench.trace.fakes import fill_with_fakes, quantised_tensors
 from bench.trace.kernels import fused_kernels
-from bench.trace.ranks import RankTracker, fake_ranks, let_buckets_pass
+from bench.trace.ranks import RankTracker, fake_ranks, let_buckets_pass, unseen_propagation
 from bench.trace.recording import CUDA_ROUNDING_BYTES, HOST, Recording, Storage
 from bench.trace.scans import scan_kernels
 from bench.trace.stacks import apply_stack, stack_attention, stack_loss
@@ -379,30 +379,10 @@ def _fake_step(setup: TrainSetup, tracker: Tracker, on_gpu: bool) -> Iterator[No
         # transformers builds masks for fake tensors that it wouldn't build for real ones.
         stack.enter_context(mock.patch.object(transformers.masking_utils, "is_tracing", _never))
         if setup.num_gpus > 1:
-            stack.enter_context(_unseen_propagation(tracker))
+            stack.enter_context(unseen_propagation(tracker))
         # When the collector runs must not decide what is alive.
         gc.disable()
         stack.callback(gc.enable)
-        yield
-
-
-@contextmanager
-def _unseen_propagation(tracker: Tracker) -> Iterator[None]:
-    """Hide what DTensor runs to learn an operator's result shapes: on whole tensors, without memory, and only the
-    first time in a process (torch/distributed/tensor/_sharding_prop.py).
-    """
-    from torch.distributed.tensor._sharding_prop import ShardingPropagator
-
-    original = ShardingPropagator._propagate_tensor_meta_non_cached
-
-    def propagate(self: Any, *args: Any) -> Any:
-        was_paused, tracker.is_paused = tracker.is_paused, True
-        try:
-            return original(self, *args)
-        finally:
-            tracker.is_paused = was_paused
-
-    with mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate):
         yield
 
 
