@@ -7,6 +7,7 @@ computes the loss, so that whatever reads the weights runs inside the wrapper's 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +29,8 @@ from bench.build import inner_model, torch_dtype, trained_parameters
 from bench.loss import LOSSES, Batch, Loss, Phase
 from bench.optim import build_optimizer
 from bench.step import TrainStep, no_phase
-from planner.errors import NotModelledError
+from planner.errors import MissingExtraError, NotModelledError
+from planner.export import deepspeed as deepspeed_config
 from planner.setup import TrainSetup
 
 
@@ -145,7 +147,48 @@ def _final_norm(inner: Any) -> nn.Module | None:
     return norms[-1] if norms else None
 
 
+# --- DeepSpeed's ZeRO stages, with the configuration that finefit exports
+
+
+class _EngineStep(TrainStep):
+    """A step whose backward, clipping and update are the engine's."""
+
+    def micro_step(self, batch: Batch, num_trained_tokens: int) -> torch.Tensor:
+        """Forward, loss and backward of one micro-batch."""
+        loss = self.forward(batch, num_trained_tokens)
+        with self.phase("backward"):
+            self.model.backward(loss)
+        return loss.detach()
+
+    def update(self) -> torch.Tensor | None:
+        """Step, where this micro-batch is the last one."""
+        self.model.step()
+        return None
+
+
+def _zero_step(setup: TrainSetup, module: LossModule, phase: Phase) -> TrainStep:
+    """Raises MissingExtraError without DeepSpeed, NotModelledError for an optimizer that its config can't name."""
+    if setup.optimizer not in deepspeed_config.ADAMW:
+        raise NotModelledError(f"optimizer: {setup.optimizer} can't be run under DeepSpeed here; use adamw")
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    except ImportError as error:
+        raise MissingExtraError(f"sharding {setup.sharding}", "deepspeed", "deepspeed") from error
+    trained = list(trained_parameters(module).values())
+    config = deepspeed_config.config(setup)
+    engine, optimizer, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=config)
+    stage = deepspeed_config.STAGES[setup.sharding]
+    assert engine.zero_optimization_stage() == stage, f"stage {engine.zero_optimization_stage()}"
+    assert engine.world_size == setup.num_gpus, f"{engine.world_size} processes for {setup.num_gpus}"
+    step = _EngineStep(setup, engine, optimizer, phase=phase)
+    step.loss = wrapped_loss
+    return step
+
+
 _WRAPPERS: dict[str, Callable[[TrainSetup, LossModule, Phase], TrainStep]] = {
     "ddp": _ddp_step,
     "fsdp": _fsdp_step,
+    "zero1": _zero_step,
+    "zero2": _zero_step,
+    "zero3": _zero_step,
 }

@@ -123,6 +123,8 @@ class Run:
         states = (inv.states_bytes + inv.master_bytes) / (
             ranks if how.shards_optimizer or how.splits_layers else 1
         )
+        if how.copies_share and ranks > 1 and self.setup.master_weights == "none":
+            states += inv.gradients_bytes / ranks
         if self.setup.offload == "params+optimizer":
             base = adapters = 0.0
         if self.setup.offload != "none":

@@ -10,7 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 ZERO_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's reduce and all-gather buckets (runtime/zero/config.py), written into the exported files."""
+"""DeepSpeed's reduce and all-gather buckets (runtime/zero/config.py, the default), written into the exported files."""
+ZERO3_REUSE_ELEMENTS = 1_000_000_000
+"""Weights that are needed again within so many elements stay gathered, and so many at most are gathered ahead
+(stage3_max_reuse_distance and stage3_max_live_parameters, the defaults), written into the exported files."""
+FLOAT64_WIDTH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,8 @@ class Exchanged:
     what trains; `weight_width`: bytes per element of the weights. `is_reentrant`: layers are recomputed by reentrant
     checkpoints, whose forward builds no graph.
     `layer` (the largest), `embedding`, `tail` (final norm and head; the embedding too where it `is_tied`) and
-    `rest` are the groups of FSDP2. `is_cast`: shards are cast before they are gathered.
+    `rest` are the groups of FSDP2. `largest_trained_params`: elements of the largest tensor that trains; `step_bytes`:
+    what the optimizer's step makes for a moment. `is_cast`: shards are cast before they are gathered.
     """
 
     ranks: int
@@ -38,7 +43,10 @@ class Exchanged:
     root_bytes: int
     trained_root_bytes: int
     gradients_bytes: int
+    weights_bytes: int
     trained_params: int
+    largest_trained_params: int
+    step_bytes: int
     weight_width: int
     is_reentrant: bool
     layer: Group
@@ -95,6 +103,7 @@ class Strategy:
     frozen layers, and their gradients, live as long under reentrant checkpoints. `casts_gathered`: weights are gathered
     in the dtype of autocast, which then has nothing to cast. `accumulates_whole`: micro-batches before the last run
     without exchange (no_sync, which Trainer and accelerate use unless told `sync_each_batch`), so gradients stay whole.
+    `copies_share`: the optimizer steps on a copy of a rank's share of the weights even without master weights.
     `reduces_by_group`: a group's gradients are whole until its backward is done; then a rank keeps its share.
     """
 
@@ -108,6 +117,7 @@ class Strategy:
     shards_gradients: bool = False
     shards_optimizer: bool = False
     reduces_by_group: bool = False
+    copies_share: bool = False
     splits_layers: bool = False
     uses_nccl: bool = True
     buffers: Callable[[Exchanged], Buffers] = _no_buffers
@@ -132,16 +142,51 @@ def _ddp(exchanged: Exchanged) -> Buffers:
     return Buffers(always=exchanged.gradients_bytes)
 
 
-def _bucket(exchanged: Exchanged) -> float:
-    return min(ZERO_BUCKET_ELEMENTS, exchanged.trained_params) * exchanged.weight_width
+def _zero12(exchanged: Exchanged) -> Buffers:
+    """DeepSpeed 0.19's stages 1 and 2 (runtime/zero/stage_1_and_2.py).
 
-
-def _zero(exchanged: Exchanged) -> Buffers:
-    return _through_the_step(_bucket(exchanged))
+    A bucket of the configured size, however few gradients there are, exists from the start of the backward to its end
+    (setup_buckets, _release_ipg_buffers), and gradients become views of it; a rank copies its share out, in stage 1 too.
+    What the bucket holds is copied flat to be reduced (allreduce_bucket). The norm of
+    the gradients takes the largest one in float64 (get_grad_norm_direct).
+    """
+    bucket = ZERO_BUCKET_ELEMENTS * exchanged.weight_width
+    flat = min(ZERO_BUCKET_ELEMENTS, exchanged.trained_params) * exchanged.weight_width
+    # One bucket that holds all is copied out when it has been reduced, not before.
+    is_held = exchanged.trained_params <= ZERO_BUCKET_ELEMENTS
+    held = exchanged.gradients_bytes / exchanged.ranks if is_held else 0.0
+    norm = FLOAT64_WIDTH * min(exchanged.largest_trained_params, exchanged.trained_params / exchanged.ranks)
+    return Buffers(
+        head_backward=bucket,
+        last_layer_backward=bucket,
+        first_layer_backward=bucket,
+        embedding_backward=bucket + flat - held,
+        optimizer=max(0.0, norm - exchanged.step_bytes / exchanged.ranks),
+    )
 
 
 def _zero3(exchanged: Exchanged) -> Buffers:
-    return _through_the_step(2 * exchanged.layer_bytes + exchanged.root_bytes + _bucket(exchanged))
+    """DeepSpeed 0.19's stage 3 (runtime/zero/stage3.py, partitioned_param_coordinator.py).
+
+    The reduce bucket and a flat buffer of a rank's share of the gradients are there from the start. What was used at
+    the end of the forward is needed again soon, in the backward: half of the reuse distance stays gathered.
+    """
+    bucket = ZERO_BUCKET_ELEMENTS * exchanged.weight_width
+    share = exchanged.gradients_bytes / exchanged.ranks
+    least = 2 * exchanged.layer_bytes + exchanged.root_bytes
+    reused = ZERO3_REUSE_ELEMENTS / 2 * exchanged.weight_width
+    live = max(least, min(exchanged.weights_bytes, reused))
+    return Buffers(
+        always=bucket,
+        forward=share + live,
+        loss=share + live,
+        head_backward=share + live,
+        last_layer_backward=share + live,
+        first_layer_backward=live,
+        embedding_backward=live,
+        eval=share + live,
+        eval_loss=share + live,
+    )
 
 
 def _fsdp1(exchanged: Exchanged) -> Buffers:
@@ -215,14 +260,21 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy(name="none", summary="one GPU", uses_nccl=False),
         Strategy(name="ddp", summary="every GPU holds everything", buffers=_ddp),
         Strategy(
-            name="zero1", summary="optimizer states split (DeepSpeed)", shards_optimizer=True, buffers=_zero
+            name="zero1",
+            summary="optimizer states split (DeepSpeed)",
+            shards_gradients=True,
+            shards_optimizer=True,
+            accumulates_whole=True,
+            copies_share=True,
+            buffers=_zero12,
         ),
         Strategy(
             name="zero2",
             summary="optimizer states and gradients split (DeepSpeed)",
             shards_gradients=True,
             shards_optimizer=True,
-            buffers=_zero,
+            copies_share=True,
+            buffers=_zero12,
         ),
         Strategy(
             name="zero3",

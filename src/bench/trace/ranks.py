@@ -130,9 +130,12 @@ class LiveTracker(RankTracker):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def register_storage(self, storage: torch.UntypedStorage, op: str, *details: Any) -> None:
-        """A view of something that no operator has made is gloo's own copy of what it reduces; NCCL makes none."""
+        """A view of something that no operator has made is gloo's own copy of what it reduces; NCCL makes none.
+
+        What lies on the meta device has no memory.
+        """
         super().register_storage(storage, op, *details)
-        if op == "split":
+        if op == "split" or storage.device.type == "meta":
             self.storages[-1].category = HOST
 
 

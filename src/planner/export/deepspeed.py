@@ -12,6 +12,7 @@ from typing import Any
 from planner.errors import SetupError
 from planner.methods import peak_learning_rate
 from planner.setup import TrainSetup
+from planner.sharding import ZERO3_REUSE_ELEMENTS, ZERO_BUCKET_ELEMENTS
 
 SUMMARY = "ds_config.json for DeepSpeed's ZeRO stages, with offload"
 
@@ -60,13 +61,24 @@ def config(setup: TrainSetup) -> dict[str, Any]:
 
 
 def _zero(setup: TrainSetup) -> dict[str, Any]:
+    is_zero3 = setup.sharding == "zero3"
     section: dict[str, Any] = {"stage": STAGES[setup.sharding]}
+    if section["stage"]:
+        # What the estimate counts on: planner.sharding.
+        section |= {
+            "contiguous_gradients": True,
+            "overlap_comm": is_zero3,
+            "reduce_bucket_size": ZERO_BUCKET_ELEMENTS,
+            "allgather_bucket_size": ZERO_BUCKET_ELEMENTS,
+        }
     on_host = {"device": "cpu", "pin_memory": True}
     if setup.offload != "none":
         section["offload_optimizer"] = on_host
     if setup.offload == "params+optimizer":
         section["offload_param"] = on_host
-    if setup.sharding == "zero3":
+    if is_zero3:
+        section["stage3_max_reuse_distance"] = ZERO3_REUSE_ELEMENTS
+        section["stage3_max_live_parameters"] = ZERO3_REUSE_ELEMENTS
         # Otherwise a saved full fine-tune holds placeholders instead of weights.
         section["stage3_gather_16bit_weights_on_model_save"] = True
     return section

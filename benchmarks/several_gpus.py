@@ -1,0 +1,163 @@
+"""Live tensor bytes per rank of steps that really ran on several processes, beside the closed form's and the trace's.
+
+    python benchmarks/several_gpus.py              writes reports/several-gpus.md from reports/several-gpus.jsonl
+    python benchmarks/several_gpus.py --measure    first runs the cases that the raw file lacks (minutes; CPU, gloo)
+
+The processes run the step that bench.trace traces, on real tensors under the same tracker.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RAW = ROOT / "reports" / "several-gpus.jsonl"
+REPORT = ROOT / "reports" / "several-gpus.md"
+
+BASE: dict[str, Any] = {
+    "model": {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+        "tie_word_embeddings": False,
+    },
+    "from_scratch": True,
+    "method": "full",
+    "micro_batch_size": 1,
+    "max_grad_norm": None,
+}
+TIED = {"model": {**BASE["model"], "tie_word_embeddings": True}}
+AUTOCAST = {"weights_dtype": "float32", "autocast": "bfloat16"}
+FSDP, DDP = ({"sharding": name} for name in ("fsdp", "ddp"))
+
+CASES: dict[str, dict[str, Any]] = {
+    "fsdp full": {**FSDP, "num_gpus": 2, "seq_len": 256},
+    "fsdp full, 4 ranks, no checkpointing": {**FSDP, "num_gpus": 4, "seq_len": 256, "checkpointing": "none"},
+    "fsdp full, short rows": {**FSDP, "num_gpus": 2, "seq_len": 64},
+    "fsdp full, tied": {**FSDP, "num_gpus": 2, "seq_len": 256, **TIED},
+    "fsdp full, mixed precision": {**FSDP, "num_gpus": 2, "seq_len": 256, **AUTOCAST},
+    "fsdp LoRA": {**FSDP, "num_gpus": 2, "seq_len": 256, "method": "lora"},
+    "fsdp LoRA, short rows, 4 ranks": {**FSDP, "num_gpus": 4, "seq_len": 32, "method": "lora"},
+    "fsdp LoRA, mixed precision": {**FSDP, "num_gpus": 2, "seq_len": 32, "method": "lora", **AUTOCAST},
+    "ddp full": {**DDP, "num_gpus": 2, "seq_len": 256},
+    "ddp full, short rows, no checkpointing": {
+        **DDP,
+        "num_gpus": 2,
+        "seq_len": 32,
+        "checkpointing": "none",
+    },
+    "ddp LoRA, 4 ranks": {**DDP, "num_gpus": 4, "seq_len": 256, "method": "lora"},
+    "ddp LoRA, mixed precision": {**DDP, "num_gpus": 2, "seq_len": 256, "method": "lora", **AUTOCAST},
+    "zero2 full": {"sharding": "zero2", "num_gpus": 2, "seq_len": 256},
+    "zero1 full": {"sharding": "zero1", "num_gpus": 2, "seq_len": 256},
+    "zero3 full": {"sharding": "zero3", "num_gpus": 2, "seq_len": 256},
+}
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """The raw file by case."""
+    if not RAW.exists():
+        return {}
+    lines = RAW.read_text(encoding="utf-8").splitlines()
+    return {row["case"]: row for row in map(json.loads, lines)}
+
+
+def measure() -> None:
+    """Run each case that the raw file lacks, and append it."""
+    from bench.trace.processes import measure_ranks
+    from planner.setup import TrainSetup
+
+    done = rows()
+    for name, changes in CASES.items():
+        if name in done:
+            continue
+        ranks = measure_ranks(TrainSetup(**{**BASE, **changes}))
+        row = {"case": name, "setup": {**BASE, **changes}, "torch": version("torch"), "ranks": ranks}
+        with RAW.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(name, flush=True)
+
+
+def predict(values: dict[str, Any]) -> tuple[dict[str, int], dict[str, int] | None]:
+    """Phases by the closed form and by the trace, on this CPU; None where the trace can't tell."""
+    from bench.trace.estimate import TRACED_SHARDINGS
+    from bench.trace.run import trace
+    from planner.estimate import resolve
+    from planner.memory import MemoryModel
+    from planner.setup import TrainSetup
+
+    setup = TrainSetup(**values)
+    model = MemoryModel(setup, resolve(setup), on_gpu=False)
+    closed = model.at(setup.micro_batch_size, setup.seq_len).phases
+    if setup.sharding not in TRACED_SHARDINGS:
+        return dict(closed), None
+    traced = trace(setup, on_gpu=False, all_layers=True)
+    return dict(closed), {name: peak.num_bytes for name, peak in traced.phases.items()}
+
+
+def report() -> str:
+    """The Markdown text."""
+    lines, errors, phase_errors = [], ([], []), ([], [])
+    for name, row in rows().items():
+        predictions = predict(row["setup"])
+        peaks = [max(rank.values()) for rank in row["ranks"]]
+        phase = max(row["ranks"][0], key=row["ranks"][0].get)
+        cells = [name, str(len(peaks)), phase, " / ".join(f"{p / 1e6:.3f}" for p in sorted(set(peaks)))]
+        for predicted, found, by_phase in zip(predictions, errors, phase_errors, strict=True):
+            if predicted is None:
+                cells += ["", ""]
+                continue
+            error = max((max(predicted.values()) / p - 1 for p in peaks), key=abs)
+            found.append(error)
+            by_phase += [predicted[n] / rank[n] - 1 for rank in row["ranks"] for n in rank]
+            cells += [f"{max(predicted.values()) / 1e6:.3f}", f"{error:+.2%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return TEXT.format(table="\n".join(lines), summary="\n".join(_summary(errors, phase_errors)))
+
+
+def _summary(errors: Any, phase_errors: Any) -> list[str]:
+    out = []
+    for name, found, by_phase in zip(("closed form", "trace"), errors, phase_errors, strict=True):
+        mean, worst = fmean(map(abs, found)), max(map(abs, found))
+        phases = max(map(abs, by_phase))
+        out.append(f"| {name} | {mean:.2%} | {worst:.2%} | {fmean(map(abs, by_phase)):.2%} | {phases:.2%} |")
+    return out
+
+
+TEXT = """# Several GPUs: measured on processes, by the closed form and by the trace
+
+Made by `python benchmarks/several_gpus.py` from `several-gpus.jsonl`. Each case is a Llama of four layers (hidden 256,
+vocabulary 4,096), run for two optimizer steps on 2 or 4 real processes (CPU, gloo). Every live tensor storage of a rank
+is counted; the figures are the second step's highest moments in MB (10^6 bytes), where ranks differ all of them.
+
+| | mean error of the peak | worst | mean error of all phases | worst |
+|---|---|---|---|---|
+{summary}
+
+| case | ranks | highest phase | measured | closed form | error | trace | error |
+|---|---|---|---|---|---|---|---|
+{table}
+
+DeepSpeed's reduce bucket has 5e8 elements, 1 GB, in every ZeRO run; it hides the rest of so small a model. Without it the
+closed form's backward is 8 to 10 % too high in stages 1 and 2 (all other phases: within 0.5 %); in stage 3 the loss is 11 %
+too low, and why isn't known yet.
+
+FSDP2 is `torch.distributed.fsdp.fully_shard` in accelerate's groups (each layer; embedding; final norm and head; the
+root), DDP is torch's with accelerate's defaults. What this can't show: NCCL's own memory, and what CUDA's side streams
+add to *reserved* memory; how long tensors live doesn't depend on them, since FSDP2 holds its buffers by reference.
+"""
+
+
+if __name__ == "__main__":
+    if "--measure" in sys.argv[1:]:
+        measure()
+    REPORT.write_text(report(), encoding="utf-8")
