@@ -260,6 +260,45 @@ def test_float32_with_grouped_heads_falls_back_to_all_scores():
     assert not any(shape[-2:] == (100, 100) for shape in equal_heads)
 
 
+class Keep(torch.autograd.Function):
+    """Holds on to the gradient that it is given."""
+
+    kept: list[torch.Tensor] = []  # noqa: RUF012
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        Keep.kept.append(grads[0])
+        return grads[0] * 1
+
+
+@pytest.mark.parametrize(("branch", "num_sums"), [(torch.exp, 0), (Keep.apply, 1)])
+def test_a_second_gradient_is_added_to_the_first_unless_somebody_holds_it(branch, num_sums):
+    with FakeTensorMode(), Tracker() as tracker:
+        tracker.begin("backward")
+        x = torch.empty(3, 4, requires_grad=True) * 1
+        (x + branch(x)).sin().sum().backward()
+        Keep.kept.clear()
+    assert sum(s.op == "add" for s in tracker.storages) == 1 + num_sums
+
+
+def test_flash_attention_takes_a_window_and_no_mask():
+    model = {**TINY, "model_type": "mistral", "sliding_window": 64}
+    masked, flash = (trace(setup_of(model=model, attention=name)) for name in ("sdpa", "flash"))
+    masks = [(s.shape, s.dtype) for s in masked.timeline.storages if s.shape[-2:] == (128, 128)]
+    assert masks
+    bools = [s for s in flash.timeline.storages if s.dtype == "bool" and s.shape[-2:] == (128, 128)]
+    assert not bools
+
+
+def test_flash_attention_needs_16_bits():
+    with pytest.raises(SetupError, match="attention: flash takes 16-bit heads"):
+        trace(setup_of(method="full", weights_dtype="float32", attention="flash"))
+
+
 def test_dropout_keeps_a_bool_mask():
     def run() -> torch.Tensor:
         x = torch.empty(64, requires_grad=True)
@@ -299,6 +338,12 @@ def test_a_4bit_product_of_many_rows_unpacks_its_weight():
 
     assert held(1537) == [(352, 128)]
     assert held(1536) == []
+
+
+def test_int8_looks_for_outliers_in_float16():
+    traced = trace(setup_of(method="qlora", quant="int8"), all_layers=True)
+    made = {(s.shape, s.dtype) for s in traced.timeline.storages if s.op == "int8_vectorwise_quant"}
+    assert {((256, 128), "float16"), ((256, 128), "bool"), ((256, 128), "int8")} <= made
 
 
 def test_tracing_leaves_no_trace():

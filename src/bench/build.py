@@ -65,7 +65,7 @@ def load_config(setup: TrainSetup, weights: Path | None) -> Any:
         else:
             values = dict(_config_values(setup))
             config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
+    except (*_BUILD_ERRORS, StrictDataclassError) as error:
         reason = one_line(error)
         raise ConfigError(f"{setup.model_label}: transformers can't read the config: {reason}") from error
     config.use_cache = False
@@ -109,7 +109,7 @@ def _base_model(
     setup: TrainSetup, config: Any, source: Path | None, device: torch.device, meta: bool
 ) -> nn.Module:
     auto_class = getattr(transformers, AUTO_CLASSES[setup.objective])
-    attention = "sdpa" if meta and setup.attention == "flash" else ATTENTION[setup.attention]
+    attention = _buildable_attention(setup, auto_class, config) if meta else ATTENTION[setup.attention]
     options: dict[str, Any] = {
         "dtype": torch_dtype(setup.weights_dtype),
         "attn_implementation": attention,
@@ -132,6 +132,14 @@ def _base_model(
     except _BUILD_ERRORS as error:
         raise _build_error(setup, attention, error) from error
     return model
+
+
+def _buildable_attention(setup: TrainSetup, auto_class: Any, config: Any) -> str:
+    """The setup's attention, or another in place of a flash kernel that isn't here."""
+    if setup.attention != "flash":
+        return ATTENTION[setup.attention]
+    model_class = auto_class._model_mapping.get(type(config), None)
+    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
 
 
 _BUILD_ERRORS = (

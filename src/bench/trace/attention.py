@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import nn
+from torch.nn import functional
+from transformers import integrations
+
+from bench.build import inner_model
+from planner.errors import SetupError
+from planner.setup import TrainSetup
 
 aten = torch.ops.aten
 
@@ -38,11 +49,57 @@ def attention(
         bias = None if attn_mask is None else _as_bias(attn_mask, query.dtype)
         out = EfficientAttention.apply(query, key, value, bias)
     else:
-        # The memory-efficient kernel takes no grouped heads: torch falls back to plain matrix products.
-        out = aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-        )[0]
+        # The memory-efficient kernel takes no grouped heads: torch falls back to plain matrix products, inside
+        # which autocast, having cast the inputs, is off (aten/src/ATen/autocast_mode.h, CachedCastToLowerPrecision).
+        with torch.autocast("cpu", enabled=False):
+            out = aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+            )[0]
     return out
+
+
+@contextmanager
+def flash_attention(setup: TrainSetup, model: nn.Module) -> Iterator[None]:
+    """Inside, a model that was built with sdpa calls the flash-attn package, where the setup asks for it.
+
+    It takes a sliding window as a number, so no mask is built. Raises SetupError where transformers has none.
+    """
+    inner = inner_model(model)
+    modeling = sys.modules[type(inner).__module__]
+    # A family that chooses its attention's class when it is built keeps torch's flash kernel.
+    if setup.attention != "flash" or hasattr(modeling, "_flash_attention_forward"):
+        yield
+        return
+    if not getattr(inner, "_supports_flash_attn", False):
+        raise SetupError(
+            "attention", f"{setup.model_label}: transformers has no flash for it; use sdpa or eager"
+        )
+    inner.config._attn_implementation = "flash_attention_2"
+    with mock.patch.object(integrations.flash_attention, "_flash_attention_forward", _packaged_flash):
+        yield
+
+
+def _packaged_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *_: Any,
+    target_dtype: torch.dtype | None = None,
+    **__: Any,
+) -> torch.Tensor:
+    """flash-attn 2 of [batch, tokens, heads, head_dim]; its head is padded to a multiple of 8."""
+    if target_dtype is not None:
+        query, key, value = (t.to(target_dtype) for t in (query, key, value))
+    head_dim = query.shape[-1]
+    if query.dtype == torch.float32 or head_dim > MAX_FLASH_HEAD_DIM:
+        raise SetupError(
+            "attention", f"flash takes 16-bit heads of at most {MAX_FLASH_HEAD_DIM}; use sdpa or autocast"
+        )
+    padding = round_up(head_dim, 8) - head_dim
+    if padding:
+        query, key, value = (functional.pad(t, (0, padding)) for t in (query, key, value))
+    out: torch.Tensor = FlashAttention.apply(*(t.transpose(1, 2) for t in (query, key, value)))
+    return out.transpose(1, 2)[..., :head_dim]
 
 
 def _as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

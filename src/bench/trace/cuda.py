@@ -224,7 +224,13 @@ def int8_scaled_mm_workspace(
     return held
 
 
+def int8_vectorwise_quant_workspace(rows: torch.Tensor, threshold: float = 0.0) -> list[torch.Tensor]:
+    """Magnitudes and a mask of outliers (backends/cuda/ops.py); transformers' threshold is 6, a trace's 0."""
+    return [torch.empty(rows.shape, dtype=rows.dtype), torch.empty(rows.shape, dtype=torch.bool)]
+
+
 WORKSPACES: dict[str, Callable[..., list[torch.Tensor]]] = {
     "bitsandbytes::gemm_4bit": gemm_4bit_workspace,
+    "bitsandbytes::int8_vectorwise_quant": int8_vectorwise_quant_workspace,
     "bitsandbytes::int8_scaled_mm": int8_scaled_mm_workspace,
 }

@@ -21,6 +21,7 @@ from bench.optim import build_optimizer
 from bench.quiet import quiet_libraries
 from bench.ranks import rank_step
 from bench.step import TrainStep
+from bench.trace.attention import flash_attention
 from bench.trace.cuda import WORKSPACES, cuda_rules
 from bench.trace.depth import Depths, PhasePeak, choose_depths, layer_kinds, phase_peaks, shallow_config
 from bench.trace.fakes import fill_with_fakes, quantised_tensors
@@ -259,6 +260,7 @@ def _kernels(setup: TrainSetup, model: nn.Module, on_gpu: bool) -> Iterator[None
     with ExitStack() as stack:
         stack.enter_context(fused_kernels(setup, model))
         stack.enter_context(stack_attention(setup, family))
+        stack.enter_context(flash_attention(setup, model))
         if on_gpu:
             stack.enter_context(scan_kernels(model))
         yield

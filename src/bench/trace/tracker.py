@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,6 +79,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         if not self.has_values and func is aten.equal.default:
             return True
         self._note_recompute()
+        if func is aten.add.Tensor and len(args) == 2 and _is_spare_gradient(args[0], sys._getframe(1)):
+            func = aten.add_.Tensor
         held = self._hold_workspace(func, args, kwargs)
         out = func(*args, **kwargs)
         self._count_op()
@@ -259,6 +262,24 @@ def _source(args: Any, position: int, num_made: int) -> Any:
     if isinstance(first, (list, tuple)):
         return first[position] if len(first) == num_made else None
     return first
+
+
+def _is_spare_gradient(gradient: Any, caller: Any) -> bool:
+    """Whether autograd, adding a second gradient of the same tensor, would write over this first one.
+
+    It does where it holds the last reference to the tensor and its storage (torch/csrc/autograd/input_buffer.cpp,
+    can_accumulate_inplace), but never under a dispatch mode, as here. `caller` called the operator: the engine.
+    """
+    if caller.f_code is not _ENGINE or torch.is_grad_enabled():
+        return False
+    storage = gradient.untyped_storage()._cdata
+    counts = (sys.getrefcount(gradient), gradient._use_count(), torch._C._storage_Use_Count(storage))
+    return all(count <= last for count, last in zip(counts, _LAST_REFERENCES, strict=True))
+
+
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+_LAST_REFERENCES = (4, 4, 2)
+"""What the counts of a gradient come to that only the engine holds, with those of the dispatch itself (torch 2.13)."""
 
 
 def label_graph(output: Any, name: str) -> None:
