@@ -41,7 +41,8 @@ REFUSED = {
     "gemma3n": "timm",
     "musicgen": "Multiple valid text configs",
     "musicgen_melody": "Multiple valid text configs",
-    "xlstm": "expected scalar type",
+    "rwkv": "operators without end",
+    "xlstm": "operators without end",
     "xmod": "Input language unknown",
     **dict.fromkeys(
         (
@@ -94,6 +95,7 @@ def try_trace(family: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_each_family_is_traced_or_refused_in_one_known_line():
     wrong = {}
     for family in causal_families():
