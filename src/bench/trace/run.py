@@ -21,15 +21,13 @@ from bench.optim import build_optimizer
 from bench.quiet import quiet_libraries
 from bench.ranks import rank_step
 from bench.step import TrainStep
-from bench.trace.attention import flash_attention
 from bench.trace.cuda import WORKSPACES, cuda_rules
 from bench.trace.depth import Depths, PhasePeak, choose_depths, layer_kinds, phase_peaks, shallow_config
 from bench.trace.fakes import fill_with_fakes, quantised_tensors
-from bench.trace.kernels import fused_kernels
 from bench.trace.ranks import RankTracker, fake_ranks, let_buckets_pass, unseen_propagation
 from bench.trace.recording import CUDA_ROUNDING_BYTES, HOST, Recording, Storage
-from bench.trace.scans import scan_kernels
-from bench.trace.stacks import apply_stack, stack_attention, stack_loss
+from bench.trace.scans import device_kernels
+from bench.trace.stacks import apply_stack, stack_loss
 from bench.trace.stitch import NotPeriodicError, stitch
 from bench.trace.tracker import Tracker, layer_numbers
 from planner.errors import FinefitError
@@ -231,7 +229,7 @@ def record_on(
     """
     model = build_model(setup, meta=True)
     apply_stack(setup, model)
-    with _fake_step(setup, tracker, on_gpu), _kernels(setup, model, on_gpu):
+    with _fake_step(setup, tracker, on_gpu), device_kernels(setup, model, on_gpu):
         with tensors, tracker:
             tracker.begin("load")
             fill(model)
@@ -251,19 +249,6 @@ def record_on(
         num_layers=num_layers,
         rounding_bytes=CUDA_ROUNDING_BYTES if on_gpu else 1,
     )
-
-
-@contextmanager
-def _kernels(setup: TrainSetup, model: nn.Module, on_gpu: bool) -> Iterator[None]:
-    """The kernels that the setup, its stack and the model's family would call on the device."""
-    family = inner_model(model).config.get_text_config().model_type
-    with ExitStack() as stack:
-        stack.enter_context(fused_kernels(setup, model))
-        stack.enter_context(stack_attention(setup, family))
-        stack.enter_context(flash_attention(setup, model))
-        if on_gpu:
-            stack.enter_context(scan_kernels(model))
-        yield
 
 
 def _build_step(

@@ -15,6 +15,9 @@ from unittest import mock
 import torch
 from torch import nn
 
+from bench.build import inner_model
+from bench.trace.attention import flash_attention
+from bench.trace.kernels import fused_kernels
 from bench.trace.mamba import (
     FULL,
     chunk_scan,
@@ -25,11 +28,26 @@ from bench.trace.mamba import (
     split_conv_scan,
     summed_grad,
 )
+from bench.trace.stacks import stack_attention
 from planner.errors import NotModelledError
+from planner.setup import TrainSetup
 
 Tensors = list[torch.Tensor]
 DECODING = ("causal_conv1d_update", "selective_state_update", "fused_recurrent_")
 """Kernels (or how their names begin) for one token at a time: training never calls them."""
+
+
+@contextmanager
+def device_kernels(setup: TrainSetup, model: nn.Module, on_gpu: bool) -> Iterator[None]:
+    """The kernels that the setup, its stack and the model's family would call on the device."""
+    family = inner_model(model).config.get_text_config().model_type
+    with ExitStack() as stack:
+        stack.enter_context(fused_kernels(setup, model))
+        stack.enter_context(stack_attention(setup, family))
+        stack.enter_context(flash_attention(setup, model))
+        if on_gpu:
+            stack.enter_context(scan_kernels(model))
+        yield
 
 
 @contextmanager
