@@ -40,6 +40,7 @@ LAYERS = (
     ),
     (
         "files",
+        "plain_yaml",
         "contexts",
         "setup",
         "hub",
@@ -64,11 +65,11 @@ LAYERS = (
         "money",
         "run_length",
     ),
-    ("hf_config", "layers", "offers", "tariffs"),
+    ("hf_config", "layers", "offers", "tariffs", "user_prices", "price_sources"),
     ("resolve", "inventory", "price_checks", "cost"),
     ("exchange", "price_book"),
-    ("lowering",),
-    ("rank",),
+    ("lowering", "price_refresh"),
+    ("rank", "prices"),
     ("phases",),
     ("residuals", "pressure"),
     ("memory", "throughput", "uncertainty"),
@@ -78,7 +79,7 @@ LAYERS = (
     ("render_tables", "render_accuracy", "render_costs"),
     ("cli_tables", "cli_accuracy"),
     ("cli_plan",),
-    ("cli_costs",),
+    ("cli_costs", "cli_prices"),
     ("cli",),
 )
 """planner from the bottom up. A module may import from layers below its own, and never from its own layer."""

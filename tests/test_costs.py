@@ -119,9 +119,9 @@ def test_amounts_of_two_currencies_are_never_added() -> None:
     ("as_of", "shown", "old"),
     [
         ("2026-11-01", "2026-11-01", False),
-        ("2026-10-01", "2026-10-01, 52 days old", False),
-        ("2026-Q2", "2026-Q2, 235 days old", True),
-        ("2025", "2025, 690 days old", True),
+        ("2026-10-01", "2026-10-01 (52 d old)", False),
+        ("2026-Q2", "2026-Q2 (235 d old)", True),
+        ("2025", "2025 (690 d old)", True),
         (None, "undated", True),
     ],
 )

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from planner.errors import FinefitError, SetupError, UsageError
 from planner.fields import FIELDS, SECTIONS, find_field, parse_settings
-from planner.planfile import MAX_PLAN_BYTES, format_plan, parse_plan, read_plan, write_plan
+from planner.plain_yaml import MAX_YAML_BYTES
+from planner.planfile import format_plan, parse_plan, read_plan, write_plan
 from planner.setup import TrainSetup
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=30)
@@ -111,7 +112,7 @@ def test_deep_nesting_is_refused() -> None:
 
 def test_huge_and_binary_files_are_refused(tmp_path: Path) -> None:
     huge, binary = tmp_path / "huge.yaml", tmp_path / "binary.yaml"
-    huge.write_bytes(b"#" * (MAX_PLAN_BYTES + 1))
+    huge.write_bytes(b"#" * (MAX_YAML_BYTES + 1))
     binary.write_bytes(b"model: a\ndata: \xff\xfe\n")
     with pytest.raises(UsageError, match="larger than"):
         read_plan(huge)

@@ -55,6 +55,8 @@ def run_and_list_modules(*arguments: str, folder: Path) -> tuple[int, set[str]]:
         ("needs", "smollm2-135m"),
         ("estimate", "smollm2-135m", "--gpu", "rtx-4090"),
         ("plan", "smollm2-135m", "--gpu", "rtx-4090"),
+        ("costs", "smollm2-135m", "--gpu", "rtx-4090"),
+        ("prices", "show"),
         ("list", "models"),
         ("show", "rtx-4090"),
         ("completion", "bash"),

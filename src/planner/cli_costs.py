@@ -46,6 +46,12 @@ def _money_options(function: Any) -> Any:
             help="Until the card is sold.",
         ),
         click.option(
+            "--prices",
+            multiple=True,
+            metavar="FILE",
+            help="YAML with your own offers; may be repeated (always read: prices.yaml in finefit's data folder).",
+        ),
+        click.option(
             "--rate", "rates", multiple=True, metavar="FROM/TO=X", help="Exchange rate, as in USD/CNY=7.1."
         ),
     )
@@ -107,21 +113,22 @@ def costs_command(
     from planner.cost_options import parse_rates, read_wishes
     from planner.costs import costs
     from planner.estimate import resolve
-    from planner.money import shipped_rates
-    from planner.price_book import shipped_book
+    from planner.prices import known_prices
     from planner.render_costs import format_costs
 
     setup, machine = setup_and_machine(session, model, gpu, given_fields(options))
-    rates = parse_rates(shipped_rates(), options["rates"])
+    today = datetime.date.today()
+    known = known_prices(options["prices"], today)
+    rates = parse_rates(known.rates, options["rates"])
     table = costs(
         setup,
         machine,
         resolve(setup, offline=not online),
-        book=shipped_book(),
+        book=known.book,
         rates=rates,
         wishes=read_wishes(options, rates, machine.gpu.name),
         length=_length(session, setup, options["tokens"]),
-        today=datetime.date.today(),
+        today=today,
     )
     if as_json:
         click.echo(format_json(table.to_json()))

@@ -17,6 +17,14 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "finefit"
 
 
+def user_data_folder() -> Path:
+    """finefit's own folder for what can't be made again: XDG_DATA_HOME/finefit, else ~/.local/share/finefit.
+
+    It needn't exist yet.
+    """
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "finefit"
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write aside in the same folder, fsync, rename. Raises FinefitError when the folder can't be written."""
     data = content.encode() if isinstance(content, str) else content

@@ -1,7 +1,6 @@
 """plan.yaml: a TrainSetup's fields as flat keys, and beside them `gpu`, `schema_version` and `predicted`.
 
-People edit these files, so every complaint names the file and the line. Anchors and aliases are refused:
-a plan needs none, and a short file of nested aliases can unfold to gigabytes.
+People edit these files, so every complaint names the file and the line.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 from planner.errors import FinefitError, SetupError, UsageError
 from planner.fields import FIELDS, SECTIONS, find_field, parse_settings
 from planner.files import write_atomically
+from planner.plain_yaml import load_mapping, read_text
 from planner.setup import TrainSetup
 
 if TYPE_CHECKING:
     import yaml
 
 PLAN_SCHEMA_VERSION = 1
-MAX_PLAN_BYTES = 2**20
-_MAX_DEPTH = 20
 _RESERVED = ("schema_version", "gpu", "predicted")
 _SUFFIXES = (".yaml", ".yml")
 _FIRST_LINE = "# finefit plan"
@@ -49,12 +47,12 @@ def read_plan(path: Path, settings: tuple[str, ...] = ()) -> PlanFile:
 
     Raises UsageError or SetupError (exit 2) with file and line, FinefitError when the file can't be read.
     """
-    return parse_plan(_read_text(path), str(path), settings)
+    return parse_plan(read_text(path, "plan"), str(path), settings)
 
 
 def parse_plan(text: str, name: str, settings: tuple[str, ...] = ()) -> PlanFile:
     """The plan in a text; `name` is what error lines call it."""
-    values, lines = _load_mapping(text, name)
+    values, lines = load_mapping(text, name, "plan")
     version = values.pop("schema_version", PLAN_SCHEMA_VERSION)
     if version != PLAN_SCHEMA_VERSION:
         raise UsageError(
@@ -155,21 +153,6 @@ def _is_plan(path: Path) -> bool:
         return False
 
 
-def _read_text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_PLAN_BYTES + 1)
-    except OSError as error:
-        raise FinefitError(f"can't read {path}: {error.strerror or error}") from error
-    if len(data) > MAX_PLAN_BYTES:
-        raise UsageError(f"{path}: larger than 1 MiB, so it is not a plan")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UsageError(f"{path}:{line}: not UTF-8 text") from error
-
-
 def _dump(values: Mapping[str, Any]) -> str:
     import yaml
 
@@ -186,85 +169,3 @@ def _dump(values: Mapping[str, Any]) -> str:
     return yaml.dump(
         values, Dumper=PlainDumper, sort_keys=False, allow_unicode=True, width=2**20, default_flow_style=False
     )
-
-
-def _load_mapping(text: str, name: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """The top-level mapping and the line of each of its keys."""
-    import yaml
-
-    try:
-        _check_events(text, name)
-        loader = _plain_loader()(text)
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise UsageError(f"{name}: not a plan: expected lines of `key: value`")
-        lines = _key_lines(node, name)
-        values = {key.value: loader.construct_object(value, deep=True) for key, value in node.value}
-    except yaml.YAMLError as error:
-        raise UsageError(_describe_yaml_error(error, name)) from error
-    except (ValueError, OverflowError) as error:
-        raise UsageError(f"{name}: a value can't be read: {error}") from error
-    return values, lines
-
-
-def _plain_loader() -> type[yaml.SafeLoader]:
-    """YAML's safe loader without dates: a file called 2026-11-22 stays a text."""
-    import yaml
-
-    class PlainLoader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {  # noqa: RUF012 - the name and type are PyYAML's
-            first: [(tag, pattern) for tag, pattern in rules if not tag.endswith(":timestamp")]
-            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    return PlainLoader
-
-
-def _check_events(text: str, name: str) -> None:
-    """Refuse what a plan never needs, before anything is built from it."""
-    import yaml
-
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1 if event.start_mark else 1
-        if getattr(event, "anchor", None) or getattr(event, "tag", None):
-            raise UsageError(f"{name}:{line}: a plan may hold no anchors (&), aliases (*) and tags (!)")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH:
-            raise UsageError(f"{name}:{line}: nested more than {_MAX_DEPTH} deep")
-
-
-def _key_lines(node: yaml.MappingNode, name: str) -> dict[str, int]:
-    """The line of each key; refuses keys that occur twice (also in nested mappings) or are no text."""
-    import yaml
-
-    lines: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise UsageError(f"{name}:{line}: a key must be a word")
-        if key_node.value in lines:
-            raise UsageError(
-                f"{name}:{line}: {key_node.value} is given twice (first in line {lines[key_node.value]})"
-            )
-        lines[key_node.value] = line
-        for nested in _mappings_in(value_node):
-            _key_lines(nested, name)
-    return lines
-
-
-def _mappings_in(node: yaml.Node) -> list[yaml.MappingNode]:
-    import yaml
-
-    if isinstance(node, yaml.MappingNode):
-        return [node]
-    if isinstance(node, yaml.SequenceNode):
-        return [mapping for item in node.value for mapping in _mappings_in(item)]
-    return []
-
-
-def _describe_yaml_error(error: Exception, name: str) -> str:
-    mark = getattr(error, "problem_mark", None)
-    where = name if mark is None else f"{name}:{mark.line + 1}"
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"{where}: not valid YAML: {problem}"

@@ -46,9 +46,9 @@ def describe_date(as_of: str | None, today: datetime.date) -> str:
     """The date as people read it, with the age where that matters.
 
     >>> describe_date("2026-09-06", datetime.date(2026, 11, 22)), describe_date(None, datetime.date(2026, 11, 22))
-    ('2026-09-06, 77 days old', 'undated')
+    ('2026-09-06 (77 d old)', 'undated')
     """
     age = age_days(as_of, today)
     if age is None:
         return "undated"
-    return f"{as_of}, {age} days old" if age > MARKED_FROM_DAYS else str(as_of)
+    return f"{as_of} ({age} d old)" if age > MARKED_FROM_DAYS else str(as_of)

@@ -107,7 +107,6 @@ def _columns(rows: Sequence[CostRow], table: CostTable, sources: list[str]) -> l
     return [
         column("offer", lambda r: r.offer.provider),
         column("machine", _machine),
-        column("kind", lambda r: "spot" if r.offer.is_spot else "on demand", drop=2),
         column(f"{table.currency}/h", lambda r: format_money(r.cost.hourly), number=True),
         column("total", _total, number=True),
         column("break-even h", _break_even, number=True, drop=1),
@@ -118,8 +117,8 @@ def _columns(rows: Sequence[CostRow], table: CostTable, sources: list[str]) -> l
 
 
 def _machine(row: CostRow) -> str:
-    doubt = " (tight)" if row.verdict == "tight" else ""
-    return f"{row.offer.num_gpus} x {row.offer.gpu}{doubt}"
+    marks = ["spot"] * row.offer.is_spot + ["tight"] * (row.verdict == "tight")
+    return ", ".join([f"{row.offer.num_gpus} x {row.offer.gpu}", *marks])
 
 
 def _total(row: CostRow) -> str:
