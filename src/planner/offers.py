@@ -66,6 +66,7 @@ class Offer:
 def parse_offer(row: Mapping[str, Any]) -> Offer:
     """One row. Raises UsageError that says what is wrong with it; 0 as a price passes, for the checks to name."""
     _check_keys(row)
+    row = {key: value for key, value in row.items() if value is not None}
     num_gpus, price = row.get("num_gpus", 1), row["price"]
     if not isinstance(num_gpus, int) or isinstance(num_gpus, bool) or num_gpus < 1:
         raise UsageError(f"num_gpus: {num_gpus!r} is not a whole number from 1")
