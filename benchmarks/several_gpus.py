@@ -148,7 +148,7 @@ is counted; the figures are the second step's highest moments in MB (10^6 bytes)
 {table}
 
 DeepSpeed's reduce bucket has 5e8 elements, 1 GB, in every ZeRO run; it hides the rest of so small a model. Without it the
-closed form's backward is 8 to 10 % too high in stages 1 and 2 (all other phases: within 0.5 %); in stage 3 the loss is 11 %
+closed form's backward is 8 to 10 % too high in stages 1 and 2 (other phases within 0.5 %, but load lacks the optimizer's copy); in stage 3 the loss is 11 %
 too low, and why isn't known yet.
 
 FSDP2 is `torch.distributed.fsdp.fully_shard` in accelerate's groups (each layer; embedding; final norm and head; the
