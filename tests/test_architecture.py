@@ -30,7 +30,7 @@ LAYERS = (
         "errors",
         "units",
         "specs",
-        "tape",
+        "sizes",
         "stack",
         "sharding",
         "render",
@@ -38,10 +38,14 @@ LAYERS = (
         "price_dates",
         "conformal",
     ),
+    ("operations",),
+    ("backward",),
+    ("tape",),
     (
         "files",
         "plain_yaml",
         "contexts",
+        "layering",
         "setup",
         "hub",
         "gpu_names",
@@ -51,7 +55,7 @@ LAYERS = (
         "kernels",
         "pointwise",
     ),
-    ("index", "fields", "results", "methods", "dataset", "blocks"),
+    ("index", "fields", "results", "methods", "dataset", "linears"),
     (
         "families",
         "catalog",
@@ -62,6 +66,7 @@ LAYERS = (
         "checks",
         "cases",
         "heads",
+        "blocks",
         "money",
         "run_length",
     ),
@@ -245,7 +250,7 @@ MAPS = {
     "bound": "seconds by resource",
     "flops": "FLOP/s by dtype",
 }
-LABELS = {"seed", "compute_capability", "_hash"}
+LABELS = {"seed", "compute_capability", "_hash", "order"}
 
 
 def numeric_fields() -> list[tuple[str, str]]:

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 
 from planner import kernels
-from planner.blocks import Recipe, layer_memory
+from planner.blocks import layer_memory
 from planner.hf_config import model_spec
+from planner.linears import Recipe
 from planner.memory import MemoryModel
 from planner.setup import TrainSetup
 from planner.tape import Tape, evaluate
+from planner.tape import per_token as per_token_size
 
 H, F, Q, KV, HEADS, R = 1024, 2816, 1024, 256, 16, 16
 """Hidden size, feed-forward size, widths of queries and of keys, heads, rank."""
@@ -208,8 +210,8 @@ class TestKernels:
     )
     def test_what_a_backward_holds_while_it_runs(self, kernel, width, held):
         tape = Tape()
-        inputs = [tape.input((0.0, width * size, 0.0), width) for size in (Q, KV, KV)]
-        kernel(tape, *inputs, layer(), width)
+        inputs = [tape.input(per_token_size(width * size), width) for size in (Q, KV, KV)]
+        kernel(tape, *inputs, layer(), kernels.Precision())
         assert tape.play().backward.at(1, 1)["workspace"] == held
 
     def test_queries_keys_and_values_live_until_the_output_projection_is_done(self):

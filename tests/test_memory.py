@@ -155,8 +155,10 @@ def test_waiting_gradients_never_need_less(recipe, shape):
     often = memory(**recipe, **{**shape, "grad_accum_steps": 4})
     assert often.peak_allocated_bytes >= once.peak_allocated_bytes
     assert often.phases["save"] == once.phases["save"]
-    assert memory(**recipe, **{**shape, "grad_accum_steps": 9}) == often, (
-        "a third micro-batch changes nothing"
+    more = memory(**recipe, **{**shape, "grad_accum_steps": 9})
+    added = 5 * 24 * shape["micro_batch_size"] * shape["seq_len"]
+    assert 0 <= more.peak_allocated_bytes - often.peak_allocated_bytes <= added, (
+        "a third micro-batch adds its own ids, labels and positions"
     )
 
 
@@ -209,10 +211,10 @@ def test_a_second_micro_batch_makes_a_tensors_gradient_beside_all():
     assert twice["backward"] - twice["save"] >= 2 * spec.num_params + largest
 
 
-def test_the_step_comes_when_the_batch_is_gone():
+def test_the_step_comes_when_only_ids_are_left_of_the_batch():
     for seq_len in (64, 4096):
         found = memory(method="full", optimizer="adamw-fused", seq_len=seq_len).phases
-        assert found["optimizer"] - found["save"] == 2 * MODEL.num_params - 32 * seq_len
+        assert found["optimizer"] - found["save"] == 2 * MODEL.num_params + 24 * seq_len
 
 
 def test_workspaces_belong_to_the_card():
@@ -253,8 +255,9 @@ def test_fsdp_holds_whole_gradients_between_micro_batches(sharding):
     once, often = (estimate_memory(setup, model) for setup in setups)
     whole = 2 * model.num_params
     # At the highest moment of the single micro-batch a layer's gradients and the head's are whole anyway.
-    assert 0.5 * whole < often.phases["backward"] - once.phases["backward"] <= whole
-    assert often.phases["optimizer"] == once.phases["optimizer"]
+    ids = 3 * 24 * 8 * 1024
+    assert 0.5 * whole < often.phases["backward"] - once.phases["backward"] <= whole + ids
+    assert often.phases["optimizer"] == once.phases["optimizer"] + ids
 
 
 def test_a_context_is_the_published_one_of_its_architecture() -> None:

@@ -15,7 +15,7 @@ import pytest
 from planner.accuracy import Compared, compare
 
 EVIDENCE = Path(__file__).parents[1] / "evidence" / "memory-runs.jsonl"
-WORST = {"dense": 0.0035, "moe": 0.025, "ignored adapters": 0.0075, "fused adapters": 0.0025}
+WORST = {"dense": 0.0035, "moe": 0.03, "ignored adapters": 0.0075, "fused adapters": 0.0025}
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def chain(*sizes, saved=()):
 
 
 def test_a_size_grows_with_tokens_and_with_their_product_with_the_length():
-    assert evaluate((1.0, 2.0, 3.0), 10, 5) == 1 + 20 + 150
+    assert evaluate((1.0, 2.0, 3.0, 4.0), 10, 5) == 1 + 20 + 150 + 100
 
 
 def test_what_is_saved_counts_once_and_the_blocks_input_never():
@@ -189,8 +189,8 @@ def test_what_is_kept_behind_a_checkpoints_back_is_saved_and_counted_apart():
     tape.run([a], constant(20), 1)
     tape.keep(x, a)
     memory = tape.play()
-    assert memory.saves_input
-    assert saved_bytes(memory) == 10
+    assert not memory.saves_input
+    assert saved_bytes(memory) == 0
     assert sum(evaluate(size, TOKENS, SEQ_LEN) for size in memory.kept) == 10
     assert sum(evaluate(size, TOKENS, SEQ_LEN) for size in tape.play(is_reentrant=True).kept) == 0
 
@@ -272,7 +272,7 @@ class TestRecomputation:
         assert waiting(saves_weight=False) == 1 + 2
 
 
-sizes = st.tuples(*[st.integers(0, 1000)] * 3)
+sizes = st.tuples(*[st.integers(0, 1000)] * 4)
 snapshots = st.lists(st.tuples(*[sizes] * 4), min_size=1, max_size=12)
 
 

@@ -88,6 +88,7 @@ def test_a_peak_belongs_to_the_place_of_the_allocation_that_made_it():
         ("forward", "layer", 0): 11,
         ("forward", "layer", 1): 31,
         ("forward", "after", 0): 14,
+        ("backward", "before", 0): 14,
         ("backward", "layer", 1): 8,
     }
     assert s.done().peaks(2) == {}

@@ -85,8 +85,8 @@ def build_model(
     """The model as it trains: quantised, with its adapters, checkpointed, compiled, in training mode.
 
     `weights` is a folder with safetensors; None (or `setup.from_scratch`) gives random weights from `setup.seed`.
-    `meta` builds shapes only, on the meta device, with sdpa in place of a flash kernel that isn't here, and
-    without compiling; quantised linears then hold bitsandbytes' parameters on meta, not yet packed.
+    `meta` builds shapes only, on the meta device, without compiling; quantised linears then hold bitsandbytes'
+    parameters on meta, not yet packed.
     Sets torch's global seed. Raises ConfigError, SetupError (targets, quant) or FinefitError.
     """
     torch.manual_seed(setup.seed)
@@ -192,6 +192,8 @@ def quantise(setup: TrainSetup, model: nn.Module, device: torch.device) -> nn.Mo
     for attribute in ("is_quantized", flag):
         setattr(model, attribute, True)
     model.config.quantization_config = config
+    # Where flash attention asks for the dtype to narrow float32 queries to (quantizers/base.py).
+    model.config._is_quantized = True
     return model
 
 

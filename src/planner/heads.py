@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from planner.blocks import Block, Recipe
+from planner.linears import Linears, Recipe
+from planner.pointwise import activation
 from planner.specs import Matrix, ModelSpec
 from planner.tape import FULL_WIDTH, LOGITS, ZERO, BlockMemory, Tensor, add, constant, per_token
 
@@ -18,8 +19,8 @@ class LossBytes:
     (transformers before the labels were padded instead); `keeps_16bit` and `keeps_input`: the model's forward
     still holds the 16-bit logits, or the head's input, while the loss runs; `in_place_grad`: a fused cross-entropy
     writes the gradient over the float32 logits; `scaled`: logits are multiplied once; `capped`: by a tanh.
-    `ends_at_logits`: the forward only. Chunk by chunk: `chunk_tokens` at a time, with `chunk_width` bytes for each
-    logit of a chunk; `evaluates`: without gradients.
+    `ends_at_logits`: the forward only. Chunk by chunk: `chunk_tokens` at a time; `widens`: with a float32 copy of a
+    chunk's 16-bit logits, `num_slopes` float32 tensors like it beside; `evaluates`: without gradients.
     """
 
     shift_copy: bool = False
@@ -30,7 +31,8 @@ class LossBytes:
     capped: bool = False
     ends_at_logits: bool = False
     chunk_tokens: int = 0
-    chunk_width: int = 0
+    widens: bool = True
+    num_slopes: int = 0
     evaluates: bool = False
 
 
@@ -41,31 +43,42 @@ def head_memory(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes) ->
     size = per_token(recipe.stream * model.hidden_size)
     layers = block.tape.input(size, recipe.stream)
     stream = block.tape.run([layers], size, recipe.stream, shares_grad=True)
-    hidden = block.norm(stream, model.hidden_size, norm)
+    hidden = block.transformed(stream, model, norm)
     if model.head is not None and kind.chunk_tokens:
         block.chunked_loss(hidden, model.head, kind)
     elif model.head is not None:
         block.loss(hidden, model.head, kind)
-    return block.tape.play()
+    return block.tape.play(step_factor=recipe.step_factor)
 
 
-class _Head(Block):
+class _Head(Linears):
     """A block that ends in a loss."""
+
+    def transformed(self, stream: Tensor, model: ModelSpec, norm: str) -> Tensor:
+        """What the head reads: behind the final norm, or a masked-language model's linear, activation and norm."""
+        if model.architecture != "encoder":
+            return self.norm(stream, model.hidden_size, norm)
+        for matrix in model.outside:
+            stream = self.linear(stream, matrix)
+            stream = activation(
+                self.tape, stream, matrix.out_features, model.layers[-1].activation, autocast=False
+            )
+        return self.norm(stream, model.hidden_size, norm) if model.outside else stream
 
     def loss(self, hidden: Tensor, head: Matrix, kind: LossBytes) -> None:
         """Head product, float32 copy, log-softmax, negative log-likelihood."""
-        recipe, num = self.recipe, head.out_features
-        narrow, wide = per_token(recipe.compute * num), per_token(FULL_WIDTH * num)
-        first = logits = self._product(hidden, head, 1.0, LOGITS)
+        wide = per_token(FULL_WIDTH * head.out_features)
+        first = logits = self.product(hidden, head, 1.0, LOGITS)
+        narrow, width = logits.size, logits.width
         if kind.scaled:
-            first = logits = self.tape.run([logits], narrow, recipe.compute, category=LOGITS)
+            first = logits = self.tape.run([logits], narrow, width, category=LOGITS)
         if kind.capped:
-            logits = self.tape.run([logits], narrow, recipe.compute, category=LOGITS)
-            logits = self.tape.run([logits], narrow, recipe.compute, saves_output=True, category=LOGITS)
-            first = logits = self.tape.run([logits], narrow, recipe.compute, category=LOGITS)
+            logits = self.tape.run([logits], narrow, width, category=LOGITS)
+            logits = self.tape.run([logits], narrow, width, saves_output=True, category=LOGITS)
+            first = logits = self.tape.run([logits], narrow, width, category=LOGITS)
         if kind.ends_at_logits:
             return
-        if recipe.compute != FULL_WIDTH:
+        if width != FULL_WIDTH:
             logits = self.tape.run([logits], wide, FULL_WIDTH, category=LOGITS)
         if kind.shift_copy:
             upcast = logits
@@ -89,11 +102,14 @@ class _Head(Block):
         product's is copied, and its gradient is added from a product of its own.
         """
         recipe = self.recipe
-        is_cast = recipe.weight != recipe.compute
-        weight = ZERO if kind.evaluates else self._weight_grad(head.num_weights, recipe.weight)
+        width = recipe.compute if recipe.autocast else hidden.width
+        trains = recipe.trains_base and not kind.evaluates
+        weight = constant(head.num_weights * recipe.weight) if trains else ZERO
         rows = ZERO if kind.evaluates else per_token(hidden.width * head.in_features)
-        copies = is_cast * (1 + (weight != ZERO)) * recipe.compute * head.num_weights
-        chunk = kind.chunk_tokens * kind.chunk_width * head.out_features
+        copies = (recipe.weight != width) * (1 + trains) * width * head.num_weights
+        widened = FULL_WIDTH if kind.widens and width < FULL_WIDTH else 0
+        per_logit = width + widened + FULL_WIDTH * kind.num_slopes
+        chunk = kind.chunk_tokens * per_logit * head.out_features
         grads = self.tape.run(
             [hidden],
             add(rows, weight),

@@ -7,6 +7,7 @@ model which transformers builds is tested module by module against its real clas
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -44,23 +45,30 @@ def model_spec(
         fam = merge(fam, {"linear_kind": "linear"})
     dims = Dimensions(text, fam, where)
     dims.check_modelled()
+    hidden = dims["hidden"]
     outside = tuple(_matrices(fam["outside"], dims))
+    layers, order = _layers(fam, dims, experts_as_linears)
     return ModelSpec(
         name=name or _text(config, "_name_or_path") or model_type,
         hub_id=hub_id,
         family=model_type,
         architecture=fam["architecture"],
-        hidden_size=dims["hidden"],
+        hidden_size=hidden,
         vocab_size=dims["vocab"],
         max_positions=dims["positions"] or None,
-        layers=tuple(_layers(fam, dims, experts_as_linears)),
+        layers=layers,
+        order=order,
+        num_rotary=dims.evaluate(fam["rotary"]),
+        buffer_bytes=dims.evaluate(fam["buffers"]),
+        norms_embeddings=fam["norms_embeddings"],
+        returns_weights=fam["returns_weights"],
         embedding_params=dims.evaluate(fam["embeddings"]),
         token_embedding_params=dims.evaluate(fam["token_embeddings"]),
         head=_head(fam["head"], dims),
         tied_head=bool(dims["tied"]),
         final_params=dims.evaluate(fam["final"]) + sum(m.num_weights + m.num_biases for m in outside),
         outside=outside,
-        logit_softcap=bool(text.get("final_logit_softcapping")),
+        logit_softcap=bool(_given(fam, text, "final_logit_softcapping")),
         remote_code=fam.get("remote_code", False),
         note=TEXT_PART_NOTE if text is not config else None,
         config=config,
@@ -125,28 +133,36 @@ _MIXERS = {
 }
 
 
-def _layers(fam: Family, dims: Dimensions, experts_as_linears: bool) -> Iterator[LayerSpec]:
+def _layers(
+    fam: Family, dims: Dimensions, experts_as_linears: bool
+) -> tuple[tuple[LayerSpec, ...], tuple[int, ...]]:
+    """The kinds of layers, and which of them each layer is."""
+    kinds: list[LayerSpec] = []
+    order: list[int] = []
     for side in fam.get("stacks", ("encoder" if fam["architecture"] == "encoder" else "decoder",)):
         stack = {**fam, **fam.get(side, {})}
         count = dims.require(stack["stack_layers"])
         if count > MAX_LAYERS:
             raise dims.error(f"{count} layers are more than {MAX_LAYERS}")
-        for kind, times in _count_kinds(stack, dims, count).items():
-            yield _layer(stack, dims, kind, times, side, experts_as_linears)
+        sequence = _sequence(stack, dims, count)
+        numbers = {kind: len(kinds) + i for i, kind in enumerate(dict.fromkeys(sequence))}
+        times = Counter(sequence)
+        kinds += [_layer(stack, dims, kind, times[kind], side, experts_as_linears) for kind in numbers]
+        order += [numbers[kind] for kind in sequence]
+    return tuple(kinds), tuple(order)
 
 
-def _count_kinds(fam: Family, dims: Dimensions, count: int) -> dict[_Kind, int]:
-    """How often each kind of layer occurs, in the order of their first appearance."""
+def _sequence(fam: Family, dims: Dimensions, count: int) -> list[_Kind]:
+    """The kind of each layer."""
     late_from = dims.evaluate(fam["late_from"]) if fam["late_from"] != "layers" else count
     has_experts = "moe" in fam["blocks"] and dims["experts"] > 0
     if fam["other"] == "full" and not has_experts and late_from >= count:
-        return {_Kind("full", "dense", False): count}
+        return [_Kind("full", "dense", False)] * count
     feeds = _feeds(fam, dims, count) if has_experts else repeat("dense", count)
-    counted: dict[_Kind, int] = {}
-    for i, (mixer, feed) in enumerate(zip(_mixers(fam, dims, count), feeds, strict=True)):
-        kind = _Kind(mixer, feed, i >= late_from)
-        counted[kind] = counted.get(kind, 0) + 1
-    return counted
+    return [
+        _Kind(mixer, feed, i >= late_from)
+        for i, (mixer, feed) in enumerate(zip(_mixers(fam, dims, count), feeds, strict=True))
+    ]
 
 
 def _mixers(fam: Family, dims: Dimensions, count: int) -> Iterable[str]:
@@ -219,7 +235,10 @@ def _layer(
         window=(dims["window"] or None) if kind.mixer == "sliding" else None,
         causal=side == "decoder",
         qk_norm=fam["qk_norm"] if kind.mixer != "linear" and dims.evaluate(fam["qk_norm_if"]) else "none",
-        scores="capped" if dims.config.get("attn_logit_softcapping") else fam["scores"],
+        scores="capped" if _given(fam, dims.config, "attn_logit_softcapping") else fam["scores"],
+        rotary=fam["rotary_kind"],
+        dropout=any(_given(fam, dims.config, key) for key in fam["dropout_keys"]),
+        attention_dropout=any(_given(fam, dims.config, key) for key in fam["attention_dropout_keys"]),
         hands_over_groups=fam["hands_over_groups"],
         norm=fam["norm"],
         num_norms=dims.evaluate(fam["num_norms"]),
@@ -228,8 +247,14 @@ def _layer(
         activation=_activation(fam, dims),
         num_experts=dims["experts"] if kind.feed == "moe" else 0,
         experts_per_token=dims["top_k"] if kind.feed == "moe" else 0,
+        routing=fam["routing"],
         side=side,
     )
+
+
+def _given(fam: Family, config: Mapping[str, Any], key: str) -> Any:
+    """The config's value, or what transformers takes where it is silent."""
+    return config.get(key, fam["defaults"].get(key))
 
 
 def _activation(fam: Family, dims: Dimensions) -> str:

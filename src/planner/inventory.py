@@ -118,7 +118,7 @@ def _take_inventory(kept: _Kept, model: ModelSpec) -> Inventory:
     largest = max(t.num_elements * t.width for t in trained)
     num_trained = sum(t.num_elements * t.count for t in trained)
     return Inventory(
-        weights_bytes=_weights(kept, model),
+        weights_bytes=_weights(kept, model) + model.buffer_bytes,
         constants_bytes=_constants(model, kept.quant) if kept.quant else 0,
         adapters_bytes=gradients if kept.uses_adapters else 0,
         master_bytes=4 * num_trained if has_master else 0,
@@ -126,8 +126,12 @@ def _take_inventory(kept: _Kept, model: ModelSpec) -> Inventory:
         states_bytes=states,
         host_states_bytes=on_host,
         # Master weights step with float32 gradients, which take the place of the narrower ones.
-        step_bytes=round(optimizer.step_copies * _stepped_bytes(kept, stepped))
-        + max(optimizer.tensor_step_bytes(t.num_elements, t.width) for t in stepped)
+        step_bytes=max(
+            round(optimizer.step_copies * _stepped_bytes(kept, stepped))
+            + max(optimizer.tensor_step_bytes(t.num_elements, t.width) for t in stepped),
+            # The last gradient in 16 bits, whose float32 copy is there.
+            2 * trained[-2].num_elements if has_master else 0,
+        )
         + (4 * num_trained - gradients if has_master else 0),
         largest_trained_bytes=largest,
         largest_layer_bytes=max(_layer_bytes(layer, kept.quant, kept.width) for layer in model.layers),

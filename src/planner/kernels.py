@@ -1,19 +1,36 @@
 """Attention kernels as the operations that torch runs for them (see planner.tape).
 
-Each takes query, key and value in `width` bytes per element and returns the context that the output projection
+Each takes query, key and value and returns the context that the output projection
 reads. `sdpa_kernel` chooses as CUDA does (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from planner.specs import LayerSpec
-from planner.tape import FULL_WIDTH, ZERO, Size, Tape, Tensor, per_token
+from planner.tape import FULL_WIDTH, ZERO, Size, Tape, Tensor, add, per_pair, per_square, per_token, scale
 
 MAX_FLASH_HEAD_DIM = 256
 
-Kernel = Callable[[Tape, Tensor, Tensor, Tensor, LayerSpec, int], Tensor]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """Widths in bytes: `compute` that autocast narrows to (0: operands stay as they are), `mask` of an additive mask.
+
+    `is_float16`: a softmax that is asked for float32 widens inside the kernel (SoftMax.cpp). `drops`: weights are dropped.
+    `is_single`: one row, whose heads a product takes as they lie; those of several rows it copies together.
+    """
+
+    compute: int = 0
+    mask: int = 2
+    is_float16: bool = False
+    drops: bool = False
+    is_single: bool = False
+
+
+Kernel = Callable[[Tape, Tensor, Tensor, Tensor, LayerSpec, Precision], Tensor]
 
 
 def sdpa_kernel(layer: LayerSpec, width: int, *, is_masked: bool, has_flash: bool) -> Kernel:
@@ -26,7 +43,7 @@ def sdpa_kernel(layer: LayerSpec, width: int, *, is_masked: bool, has_flash: boo
     """
     is_grouped = layer.num_kv_heads != layer.num_heads
     if is_grouped and not layer.hands_over_groups:
-        return plain_products
+        return masked_products if is_masked else plain_products
     fits_flash = layer.head_dim == layer.value_head_dim <= MAX_FLASH_HEAD_DIM and not is_masked
     if fits_flash and width < FULL_WIDTH and has_flash:
         return flash
@@ -35,84 +52,276 @@ def sdpa_kernel(layer: LayerSpec, width: int, *, is_masked: bool, has_flash: boo
     return masked_efficient if is_masked else efficient
 
 
-def flash(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, width: int) -> Tensor:
+def flash(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision) -> Tensor:
     """FlashAttention 2. Its backward holds a float32 query gradient, and key/value gradients for every head."""
     heads = layer.num_heads
-    temp = FULL_WIDTH * heads * (layer.head_dim + 1)
+    temp = FULL_WIDTH * heads * (_accumulated(layer.head_dim) + 1)
     if layer.num_kv_heads != heads:
-        temp += width * heads * (layer.head_dim + layer.value_head_dim)
-    return _saving_all(tape, (query, key, value), layer, width, per_token(temp))
+        temp += query.width * heads * (layer.head_dim + layer.value_head_dim)
+    return _saving_all(tape, (query, key, value), layer, per_token(temp))
 
 
-def on_cpu(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, width: int) -> Tensor:
+def _accumulated(head_dim: int) -> int:
+    """Columns of the query gradient's accumulator (csrc/flash_attn/flash_api.cpp, mha_bwd)."""
+    multiple = 32 if head_dim <= 128 else 64
+    return -(-head_dim // multiple) * multiple
+
+
+def on_cpu(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision) -> Tensor:
     """The CPU's flash attention: the same tensors are saved, nothing is held beside them."""
-    return _saving_all(tape, (query, key, value), layer, width, ZERO)
+    return _saving_all(tape, (query, key, value), layer, ZERO)
 
 
-def efficient(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, width: int) -> Tensor:
+def efficient(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
+) -> Tensor:
     """The memory-efficient kernel; in 16 bits its backward holds a float32 query gradient."""
-    key, value = repeated(tape, key, value, layer, width)
-    return _saving_all(tape, (query, key, value), layer, width, _efficient_temp(layer, width))
+    key, value = repeated(tape, key, value, layer)
+    return _saving_all(tape, (query, key, value), layer, _efficient_temp(layer, query.width))
 
 
 def masked_efficient(
-    tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, width: int
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
 ) -> Tensor:
     """The same with a mask, which becomes an additive one of its own in each layer (attention.cpp)."""
-    key, value = repeated(tape, key, value, layer, width)
-    mask = tape.run([], (0.0, 0.0, width), width)
-    return _saving_all(tape, (query, key, value, mask), layer, width, _efficient_temp(layer, width))
+    key, value = repeated(tape, key, value, layer)
+    mask = tape.run([], per_pair(query.width), query.width)
+    return _saving_all(tape, (query, key, value, mask), layer, _efficient_temp(layer, query.width))
 
 
 def plain_products(
-    tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, width: int
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
 ) -> Tensor:
-    """The math fallback, in float32 whatever the inputs are (attention.cpp, _scaled_dot_product_attention_math)."""
-    heads = layer.num_heads
-    wide, scores = per_token(FULL_WIDTH * heads * layer.head_dim), _scores(layer, FULL_WIDTH)
-    key, value = repeated(tape, key, value, layer, FULL_WIDTH)
-    query, key = (tape.run([t], wide, FULL_WIDTH) for t in (query, key))
+    """The math fallback, in float32 whatever the inputs are (attention.cpp, _scaled_dot_product_attention_math).
+
+    Without a mask it makes a causal one.
+    """
+    return _products(tape, query, key, value, layer, how, per_square(FULL_WIDTH))
+
+
+def masked_products(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
+) -> Tensor:
+    """The same with a mask."""
+    return _products(tape, query, key, value, layer, how, per_pair(query.width))
+
+
+def _products(
+    tape: Tape,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: LayerSpec,
+    how: Precision,
+    mask_size: Size,
+) -> Tensor:
+    given, scores = query.width, _scores(layer, FULL_WIDTH)
+    held = query, key, value
+    query, key, value = (_widened(tape, t) for t in held)
+    query = tape.run([query], query.gradient, FULL_WIDTH)
+    mask = tape.run([], mask_size, FULL_WIDTH)
+    mask.needs_grad = False
+    key, value = expanded = repeated(tape, key, value, layer)
+    key = tape.run([key], key.size, FULL_WIDTH)
     weights = tape.run([query, key], scores, FULL_WIDTH, saves=[query, key])
-    weights = tape.run([weights], scores, FULL_WIDTH, saves_output=True)
-    out = per_token(FULL_WIDTH * heads * layer.value_head_dim)
+    # _safe_softmax: a plain softmax and where scores are infinite, beside the result.
+    extra = add(scores, _scores(layer, 1))
+    weights = tape.run([weights], scores, FULL_WIDTH, saves_output=True, temp=extra)
+    weights = _dropped(tape, weights) if how.drops else weights
+    out = per_token(FULL_WIDTH * layer.num_heads * layer.value_head_dim)
+    returned = tape.run([weights], _scores(layer, given) if given < FULL_WIDTH else ZERO, given)
+    returned.needs_grad = False
     context = tape.run([weights, value], out, FULL_WIDTH, saves=[weights, value])
-    return tape.run([context], per_token(width * heads * layer.value_head_dim), width)
+    tape.hold(*held, *expanded, mask, returned)
+    if given == FULL_WIDTH:
+        return context
+    return tape.run([context], per_token(given * layer.num_heads * layer.value_head_dim), given)
 
 
-def eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, width: int) -> Tensor:
+def eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision) -> Tensor:
     """transformers' eager_attention_forward: scores, scale, mask, float32 softmax, product, contiguous copy."""
+    given = query.width
+    key, value = repeated(tape, key, value, layer)
+    held = query, key, value
+    scaled = _scaled(tape, *_operands(tape, (query, key), layer, how), layer)
+    masked = _masked(tape, scaled, layer, how)
+    if layer.scores == "sinks":
+        weights = _with_sinks(tape, masked)
+    else:
+        weights = _softmax(tape, masked, layer, given, how)
+    tape.hold(masked)
+    return _context(tape, weights, value, layer, how, held)
+
+
+def own_eager(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
+) -> Tensor:
+    """GPT-2's: the softmax in the scores' own dtype, which autocast makes float32."""
+    held = query, key, value
+    scaled = _scaled(tape, *_operands(tape, (query, key), layer, how), layer)
+    masked = _masked(tape, scaled, layer, how)
+    if how.compute:
+        weights = _softmax(tape, masked, layer, value.width, how)
+    else:
+        weights = tape.run([masked], masked.size, masked.width, saves_output=True)
+    tape.hold(masked)
+    return _context(tape, weights, value, layer, how, held)
+
+
+def wide_eager(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
+) -> Tensor:
+    """GPT-J's: queries and keys, and so scores, in float32."""
+    held = query, key, value
+    wide = [_widened(tape, t) for t in (query, key)]
+    scaled = _scaled(tape, *_operands(tape, (wide[0], wide[1]), layer, how), layer)
+    masked = _masked(tape, scaled, layer, how)
+    if masked.width == FULL_WIDTH or how.compute:
+        weights = _softmax(tape, masked, layer, value.width, how)
+    else:
+        weights = tape.run([masked], masked.size, masked.width, saves_output=True)
+    tape.hold(masked)
+    return _context(tape, weights, value, layer, how, (*wide, *held))
+
+
+def alibi_eager(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
+) -> Tensor:
+    """BLOOM's: baddbmm adds the distances and scales, in one product."""
+    given = query.width
+    held = query, key, value
+    operands = _operands(tape, (query, key), layer, how)
+    scores = _scores(layer, operands[0].width)
+    scaled = tape.run(list(operands), scores, operands[0].width, saves=operands)
+    masked = _masked(tape, scaled, layer, how)
+    tape.hold(scaled)
+    weights = _softmax(tape, masked, layer, given, how)
+    return _context(tape, weights, value, layer, how, (scaled, masked, *held))
+
+
+def falcon_eager(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
+) -> Tensor:
+    """Falcon's: scores scaled in place, the masked ones in the softmax' argument, a softmax in the layer's dtype."""
+    held = query, key, value
+    key, value = repeated(tape, key, value, layer)
+    operands = _operands(tape, (query, key), layer, how)
+    width = operands[0].width
+    scores = tape.run(list(operands), _scores(layer, width), width, saves=operands)
+    masked = _masked(tape, scores, layer, how)
+    out = max(how.mask, FULL_WIDTH if how.compute else 0)
+    if masked.width < out and not how.is_float16:
+        masked = tape.run([masked], _scores(layer, out), out)
+    weights = tape.run([masked], _scores(layer, out), out, saves_output=True)
+    tape.hold(scores)
+    return _context(tape, weights, value, layer, how, held)
+
+
+EAGER: dict[str, Kernel] = {
+    "plain": eager,
+    "capped": eager,
+    "sinks": eager,
+    "own": own_eager,
+    "wide": wide_eager,
+    "alibi": alibi_eager,
+    "falcon": falcon_eager,
+}
+"""transformers' eager attention by LayerSpec's `scores`."""
+
+
+def _operands(
+    tape: Tape, pair: tuple[Tensor, Tensor], layer: LayerSpec, how: Precision
+) -> tuple[Tensor, Tensor]:
+    """Two tensors as a product takes them: narrowed by autocast, the heads of several rows' parts copied together."""
+    first, second = (_joined(tape, _narrowed(tape, t, how), how) for t in pair)
+    return first, second
+
+
+def _joined(tape: Tape, x: Tensor, how: Precision) -> Tensor:
+    return x if x.base is None or how.is_single else tape.run([x], x.gradient, x.width)
+
+
+def _scaled(tape: Tape, query: Tensor, key: Tensor, layer: LayerSpec) -> Tensor:
+    width = query.width
     scores = _scores(layer, width)
-    key, value = repeated(tape, key, value, layer, width)
     weights = tape.run([query, key], scores, width, saves=[query, key])
     scaled = tape.run([weights], scores, width)
     if layer.scores == "capped":
         scaled = tape.run([scaled], scores, width)
         scaled = tape.run([scaled], scores, width, saves_output=True)
         scaled = tape.run([scaled], scores, width)
-    masked = tape.run([scaled], scores, width, shares_grad=True)
-    weights = _softmax(tape, masked, layer, width)
-    tape.hold(masked)
-    out = per_token(width * layer.num_heads * layer.value_head_dim)
-    context = tape.run([weights, value], out, width, saves=[weights, value])
-    context = tape.run([context], out, width)
-    tape.hold(weights)
-    return context
+    return scaled
 
 
-def _softmax(tape: Tape, masked: Tensor, layer: LayerSpec, width: int) -> Tensor:
-    """In float32 and narrowed; or in 16 bits over a copy with the sinks, shifted by the largest score."""
-    if layer.scores == "sinks":
-        joined = tape.run([masked], masked.size, width)
-        shifted = tape.run([joined], masked.size, width, shares_grad=True)
-        return tape.run([shifted], masked.size, width, saves_output=True)
+def _masked(tape: Tape, scaled: Tensor, layer: LayerSpec, how: Precision) -> Tensor:
+    width = max(scaled.width, how.mask)
+    return tape.run([scaled], _scores(layer, width), width, shares_grad=True)
+
+
+def _context(
+    tape: Tape,
+    weights: Tensor,
+    value: Tensor,
+    layer: LayerSpec,
+    how: Precision,
+    held: tuple[Tensor, ...],
+) -> Tensor:
+    """Weights, dropped, times values, copied into the tokens' order.
+
+    `held` are the function's variables; the weights are returned, and the layer holds them.
+    """
+    given = weights
+    weights = _dropped(tape, weights) if how.drops else weights
+    operand, value = _operands(tape, (weights, value), layer, how)
+    out = per_token(operand.width * layer.num_heads * layer.value_head_dim)
+    context = tape.run([operand, value], out, operand.width, saves=[operand, value])
+    copied = tape.run([context], out, operand.width)
+    tape.hold(*held)
+    tape.hold_to_end(weights if how.drops else given)
+    return copied
+
+
+def _with_sinks(tape: Tape, masked: Tensor) -> Tensor:
+    """In 16 bits over a copy with the sinks, shifted by the largest score."""
+    joined = tape.run([masked], masked.size, masked.width)
+    shifted = tape.run([joined], masked.size, masked.width, shares_grad=True)
+    return tape.run([shifted], masked.size, masked.width, saves_output=True)
+
+
+def _softmax(tape: Tape, masked: Tensor, layer: LayerSpec, given: int, how: Precision) -> Tensor:
+    """In float32, and narrowed to `given` bytes."""
     full = _scores(layer, FULL_WIDTH)
-    wide = masked if width == FULL_WIDTH else tape.run([masked], full, FULL_WIDTH)
+    is_wide = masked.width == FULL_WIDTH or how.is_float16
+    wide = masked if is_wide else tape.run([masked], full, FULL_WIDTH)
     weights = tape.run([wide], full, FULL_WIDTH, saves_output=True)
-    return weights if width == FULL_WIDTH else tape.run([weights], _scores(layer, width), width)
+    return weights if given == FULL_WIDTH else tape.run([weights], _scores(layer, given), given)
+
+
+def _dropped(tape: Tape, weights: Tensor) -> Tensor:
+    """A mask of one byte per weight, and a copy."""
+    mask = tape.run([], scale(weights.size, 1 / weights.width), 1)
+    mask.needs_grad = False
+    return tape.run([weights, mask], weights.size, weights.width, saves=[mask])
+
+
+def _narrowed(tape: Tape, x: Tensor, how: Precision) -> Tensor:
+    """x as a product takes it under autocast."""
+    if how.compute in (0, x.width):
+        return x
+    return tape.run([x], _sized(x, how.compute), how.compute)
+
+
+def _widened(tape: Tape, x: Tensor) -> Tensor:
+    return x if x.width == FULL_WIDTH else tape.run([x], _sized(x, FULL_WIDTH), FULL_WIDTH)
+
+
+def _sized(x: Tensor, width: int) -> Size:
+    a, b, c, d = (part * width / x.width for part in x.gradient)
+    return (a, b, c, d)
 
 
 def _scores(layer: LayerSpec, width: int) -> Size:
-    return (0.0, 0.0, width * layer.num_heads)
+    return per_pair(width * layer.num_heads)
 
 
 def _efficient_temp(layer: LayerSpec, width: int) -> Size:
@@ -120,18 +329,17 @@ def _efficient_temp(layer: LayerSpec, width: int) -> Size:
     return per_token(FULL_WIDTH * layer.num_heads * (1 + accumulator))
 
 
-def _saving_all(
-    tape: Tape, inputs: tuple[Tensor, ...], layer: LayerSpec, width: int, grad_temp: Size
-) -> Tensor:
+def _saving_all(tape: Tape, inputs: tuple[Tensor, ...], layer: LayerSpec, grad_temp: Size) -> Tensor:
     """Everything that goes in is saved, and the output with a float32 log-sum per head and token."""
+    width = inputs[0].width
     out = per_token(width * layer.num_heads * layer.value_head_dim + FULL_WIDTH * layer.num_heads)
     return tape.run(inputs, out, width, saves=inputs, saves_output=True, grad_temp=grad_temp)
 
 
-def repeated(tape: Tape, key: Tensor, value: Tensor, layer: LayerSpec, width: int) -> tuple[Tensor, Tensor]:
+def repeated(tape: Tape, key: Tensor, value: Tensor, layer: LayerSpec) -> tuple[Tensor, Tensor]:
     """Grouped heads copied out to as many as the queries have."""
     if layer.num_kv_heads == layer.num_heads:
         return key, value
-    wide_key = per_token(width * layer.num_heads * layer.head_dim)
-    wide_value = per_token(width * layer.num_heads * layer.value_head_dim)
-    return tape.run([key], wide_key, width), tape.run([value], wide_value, width)
+    wide_key = per_token(key.width * layer.num_heads * layer.head_dim)
+    wide_value = per_token(value.width * layer.num_heads * layer.value_head_dim)
+    return tape.run([key], wide_key, key.width), tape.run([value], wide_value, value.width)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 
-from planner.blocks import Recipe
 from planner.exchange import gathered_widths
 from planner.heads import LossBytes
 from planner.layers import adapter_rank, target_matrices
+from planner.linears import Recipe
 from planner.methods import find_method
+from planner.optimizers import find_optimizer
 from planner.setup import TrainSetup
+from planner.sharding import STRATEGIES
 from planner.specs import ModelSpec
 from planner.stack import Stack, repeats_groups
 from planner.tape import FULL_WIDTH
@@ -26,13 +28,17 @@ def block_recipe(
         weight=weight,
         norm=norm,
         compute=compute,
-        # A norm in float32 makes its layer's output float32, which the sum with the stream stays.
-        stream=max(weight, norm),
+        # A norm in float32 makes its layer's output float32, which the sum with the stream stays; autocast's norm of
+        # the embeddings is float32 itself.
+        stream=FULL_WIDTH if model.norms_embeddings and setup.autocast else max(weight, norm),
+        mask=weight,
+        copies_weights=not (STRATEGIES[setup.sharding].casts_gathered and setup.num_gpus > 1),
         adapter=adapter,
         adapted=_adapted(model, setup.targets, setup.rank) if setup.uses_adapters else (),
         trains_base=find_method(setup.method).trains_base,
         autocast=setup.autocast is not None,
         quantised_bits=_QUANTISED_BITS[setup.quant],
+        is_float16="float16" in (setup.autocast or setup.weights_dtype,),
         dropout=setup.dropout > 0,
         attention=setup.attention,
         fused=setup.kernels != "plain" or setup.compile,
@@ -42,6 +48,9 @@ def block_recipe(
         has_flash=has_flash,
         repeats_groups=repeats_groups(stack, model.family, setup.attention),
         reentrant=stack.is_before("transformers", 5),
+        has_first_grad=stack.is_before("transformers", 5) and setup.checkpointing == "full",
+        checkpointed=setup.checkpointing == "full",
+        step_factor=_step_factor(setup),
     )
 
 
@@ -50,6 +59,16 @@ def _adapted(model: ModelSpec, targets: str | tuple[str, ...], rank: int) -> tup
     """Each path once, though several kinds of layers may have it."""
     found = target_matrices(model, targets)
     return tuple({matrix.path: adapter_rank(matrix, rank) for _, matrix in found}.items())
+
+
+def _step_factor(setup: TrainSetup) -> float | None:
+    """Bytes that a gradient's use takes, over its own; None where gradients wait for the end of the backward."""
+    if setup.optimizer_in_backward:
+        width = DTYPE_BYTES[setup.adapter_dtype if setup.uses_adapters else setup.weights_dtype]
+        optimizer = find_optimizer(setup.optimizer)
+        return optimizer.step_copies + optimizer.tensor_step_bytes(1, width) / width
+    # Added in place to those that are there.
+    return 0.0 if setup.grad_accum_steps > 1 else None
 
 
 _QUANTISED_BITS = {None: 0, "nf4": 4, "nf4-double": 4, "fp4": 4, "int8": 8}
@@ -80,12 +99,10 @@ def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, e
     transformers before 4.50 slices and copies the float32 logits instead of padding the labels, inside the
     model's forward; before 4.46 it has dropped the 16-bit logits by then, as Granite's own loss has.
     """
-    compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
     if setup.loss == "chunked":
-        return _chunked_bytes(setup, model, tokens, evaluates)
+        return _chunked_bytes(model, tokens, evaluates)
     if setup.loss == "fused":
-        chunk = liger_chunk_tokens(model, tokens)
-        return LossBytes(chunk_tokens=chunk, chunk_width=compute)
+        return LossBytes(chunk_tokens=liger_chunk_tokens(model, tokens), widens=False)
     is_old = stack.is_before("transformers", 4, 50)
     has_own_loss = model.family in _OWN_LOSS_FAMILIES
     return _all_logits(
@@ -111,19 +128,17 @@ def _all_logits(
     )
 
 
-def _chunked_bytes(setup: TrainSetup, model: ModelSpec, tokens: int, evaluates: bool) -> LossBytes:
+def _chunked_bytes(model: ModelSpec, tokens: int, evaluates: bool) -> LossBytes:
     """bench.loss.ChunkedCrossEntropy: each chunk in the memory of the one before it.
 
     The logits in the dtype of the product, and widened to float32 where that is narrower; beside them a softcap's
     derivative, the square that it is made of, and the derivative of the chunk before.
     """
-    compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
-    width = compute if compute == FULL_WIDTH else compute + FULL_WIDTH
-    slope = FULL_WIDTH if model.logit_softcap and not evaluates else 0
+    has_slope = model.logit_softcap and not evaluates
     return LossBytes(
         evaluates=evaluates,
         chunk_tokens=min(LOSS_CHUNK_TOKENS, tokens),
-        chunk_width=width + (3 if tokens > LOSS_CHUNK_TOKENS else 2) * slope,
+        num_slopes=has_slope * (3 if tokens > LOSS_CHUNK_TOKENS else 2),
     )
 
 

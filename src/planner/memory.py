@@ -4,8 +4,7 @@
 few multiplications. What a block saves comes from planner.blocks and planner.heads, what is always there from
 planner.inventory, how ranks share it from planner.sharding; planner.phases puts them together.
 
-Left out, and known: dropout inside the model itself (an adapter's is counted), the allocator's exact behaviour
-(see FRAGMENTATION_SHARE).
+Left out, and known: the allocator's exact behaviour (see FRAGMENTATION_SHARE).
 """
 
 from __future__ import annotations

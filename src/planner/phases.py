@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from planner.inventory import trained_width
-from planner.rank import LayerKind, Run
-from planner.tape import CATEGORIES, BlockMemory, evaluate
+from planner.layering import Spot, by_category, saved_sum, sum_of
+from planner.rank import Run
+from planner.tape import Size, evaluate
 
-INPUT_BYTES_PER_TOKEN = 32
-"""Token ids, labels, positions and mask as int64."""
+INDEX_BYTES = 8
+"""Token ids, labels and positions are int64."""
 
 
 class Step:
@@ -21,18 +22,18 @@ class Step:
         self.is_checkpointed = setup.checkpointing == "full"
         stages = setup.num_gpus if run.strategy.splits_layers else 1
         self.layer_share = 1 / stages
-        self.stream = tokens * run.recipe.stream * run.model.hidden_size
-        self.embedded = tokens * run.recipe.weight * run.model.hidden_size
+        self.stream = float(tokens * run.recipe.stream * run.model.hidden_size)
+        first_width = run.recipe.stream if run.model.norms_embeddings else run.recipe.weight
+        self.embedded = float(tokens * first_width * run.model.hidden_size)
         self.all_grads = 0.0 if setup.optimizer_in_backward else run.gradients_per_rank()
         self.held_grads = (
             run.accumulated_gradients() if self.all_grads and setup.grad_accum_steps > 1 else 0.0
         )
         self.base = run.static()
-        self.base["activations"] += INPUT_BYTES_PER_TOKEN * tokens
-        self.blocks = run.blocks(seq_len)
-        mask_width = run.mask_width(seq_len) if self.is_checkpointed else 0
-        self.mask = float(mask_width * tokens * seq_len)
-        self.stored = self._stored()
+        self.layering = run.layering(tokens, seq_len)
+        self.inputs = self._input_bytes(tokens) * setup.grad_accum_steps
+        self.mask = run.masks(tokens, seq_len)
+        self.stored = self._stored(self.layering.counts)
 
     def phases(self) -> dict[str, dict[str, float]]:
         """Bytes by term for each phase."""
@@ -47,6 +48,10 @@ class Step:
             "resume": self._plus({"gradients": self.all_grads}),
         }
 
+    def _input_bytes(self, tokens: int) -> float:
+        """A micro-batch: ids and labels, and positions where finefit's own step gives them."""
+        return INDEX_BYTES * (2 if self.run.setup.stack else 3) * tokens
+
     def _before_states(self) -> dict[str, float]:
         """Loading: everything that is there before the optimizer's first step has made its states."""
         return {"optimizer": -self.base["optimizer"]}
@@ -58,101 +63,116 @@ class Step:
                 total[name] += value
         return total
 
-    def _stored(self) -> dict[str, float]:
-        """What all layers keep between their forward and their backward; a checkpoint keeps the mask too."""
-        kept = {"activations": self.mask, "logits": 0.0, "workspace": 0.0, "gradients": self.held_grads}
-        for block in self.blocks:
-            count = block.count * self.layer_share
-            if self.is_checkpointed or block.memory.saves_input:
-                kept["activations"] += count * self.stream
-            if not self.is_checkpointed:
-                for name, size in zip(CATEGORIES, block.memory.saved, strict=True):
-                    kept[name] += count * evaluate(size, self.tokens, self.seq_len)
-        kept["activations"] += self.embedded if self.run.keeps_embeddings else 0.0
-        if self.is_checkpointed or self.blocks[0].memory.saves_input:
-            kept["activations"] += self.embedded - self.stream
-        kept["activations"] += self._escaped() if self.is_checkpointed else 0.0
-        kept["workspace"] += self._stored_copies()
+    def _at(self, size: Size) -> float:
+        return evaluate(size, self.tokens, self.seq_len)
+
+    def _stored(self, counts: Mapping[int, int]) -> dict[str, float]:
+        """What those layers keep between their forward and their backward, beside what the whole step holds."""
+        kept = {"activations": 0.0, "logits": 0.0, "workspace": 0.0, "gradients": self.held_grads}
+        if not self.is_checkpointed:
+            saved = by_category(saved_sum(self.layering, counts), self.tokens, self.seq_len)
+            for name, value in saved.items():
+                kept[name] += value * self.layer_share
+        kept["activations"] += self._stored_inputs(counts) * self.layer_share + self._held_through()
         return kept
 
-    def _escaped(self) -> float:
-        """What operations of all layers keep behind a checkpoint's back until the whole backward is done."""
-        sizes = ((b.count, size) for b in self.blocks for size in b.memory.kept)
-        return self.layer_share * sum(n * evaluate(s, self.tokens, self.seq_len) for n, s in sizes)
+    def _stored_inputs(self, counts: Mapping[int, int]) -> float:
+        memories = self.layering.memories
+        stored = sum(n for i, n in counts.items() if self.is_checkpointed or memories[i].saves_input)
+        first = self.layering.order[0]
+        has_first = counts.get(first, 0) > 0 and (self.is_checkpointed or memories[first].saves_input)
+        return stored * self.stream + (self.embedded - self.stream if has_first else 0.0)
 
-    def _autocast_copies(self, *, with_head: bool = False) -> float:
-        """Autocast keeps a 16-bit copy of each trained float32 matrix until its context ends; the layers' copies."""
-        setup, run = self.run.setup, self.run
-        width = run.recipe.adapter if setup.uses_adapters else run.recipe.weight
-        if setup.autocast is None or width != 4 or (run.strategy.casts_gathered and setup.num_gpus > 1):
-            return 0.0
-        if setup.uses_adapters:
-            return 2.0 * run.num_cast_params()
-        head = run.model.head.num_weights if with_head and run.model.head else 0
-        return 2.0 * (head + sum(x.count * m.num_weights for x in run.model.layers for m in x.matrices))
+    def _held_through(self) -> float:
+        """What lives from the forward until the last backward: tables, checkpoints' arguments, what escapes them."""
+        held = self.inputs + self.run.rotary(self.tokens, self.seq_len)
+        held += self.mask if self.is_checkpointed else 0.0
+        return held + (self.embedded if self.run.keeps_embeddings else 0.0)
 
-    def _stored_copies(self) -> float:
-        """Autocast's copies while the forward runs, where the blocks don't count them as saved themselves."""
-        is_counted = not self.is_checkpointed and not self.run.setup.uses_adapters
-        return 0.0 if is_counted else self._autocast_copies()
+    def _escaped(self, counts: Mapping[int, int]) -> dict[str, float]:
+        """What operations of those layers keep, behind a checkpoint's back too, until the whole backward is done."""
+        memories = self.layering.memories
+        sizes = ((n, size) for i, n in counts.items() for size in memories[i].kept)
+        return {"activations": self.layer_share * sum(n * self._at(size) for n, size in sizes)}
 
-    def _freed_copies(self) -> float:
-        """Those of them that no backward needs: checkpointed layers make them again."""
-        return self._stored_copies() if self.is_checkpointed else 0.0
+    def _cached(self, counts: Mapping[int, int]) -> float:
+        """Autocast's copies of trained matrices that those layers have made, kept until its context ends."""
+        sizes = {i: memory.cached for i, memory in enumerate(self.layering.memories)}
+        return self.layer_share * self._at(sum_of(sizes, counts))
+
+    def _stored_copies(self) -> dict[str, float]:
+        """Those that the layers' saved tensors don't count."""
+        return {"workspace": self._cached(self.layering.counts) if self.is_checkpointed else 0.0}
 
     def _forward(self) -> dict[str, float]:
-        """The last layer at work, or the head making its logits."""
-        memory = self.blocks[-1].memory
+        """A layer at work, or the head making its logits."""
         exchange = {"workspace": self.run.buffers.loss}
-        logits = self._plus(self.stored, exchange)
+        escaped = self._escaped(self.layering.counts)
+        logits = self._plus(self.stored, escaped, self._stored_copies(), exchange)
         if self.run.setup.loss == "full":
             head = self.run.head(self.tokens, ends_at_logits=True)
-            logits = self._plus(self.stored, exchange, head.forward.at(self.tokens, self.seq_len))
-        return _highest([self._last_layer(memory), logits, *self._gathers(memory)])
+            own = head.forward.at(self.tokens, self.seq_len)
+            logits = self._plus(self.stored, escaped, self._stored_copies(), exchange, own)
+        layers = (self._layer_forward(spot) for spot in self.layering.spots)
+        return highest([logits, *layers, *self._gathers()])
 
-    def _gathers(self, memory: BlockMemory) -> list[dict[str, float]]:
+    def _gathers(self) -> list[dict[str, float]]:
         """Moments at which the weights of the last layer, or of the model's end, have just arrived."""
         if not self.run.reduces_by_group:
             return []
-        buffers = self.run.buffers
+        buffers, last = self.run.buffers, self.layering.order[-1]
         at_layer, at_tail = {"workspace": buffers.layer_gather}, {"workspace": buffers.tail_gather}
         at_first = {"workspace": buffers.first_gather, "gradients": self.held_grads}
         return [
             self._plus(at_first, {"activations": float(self.stream)}),
-            self._plus(self.stored, self._without_own(memory), at_layer),
+            self._plus(self.stored, self._without_own(last), at_layer),
             self._plus(self.stored, at_tail),
         ]
 
-    def _last_layer(self, memory: BlockMemory) -> dict[str, float]:
-        exchange = {"workspace": self.run.buffers.forward}
+    def _without_own(self, number: int) -> dict[str, float]:
+        """A peak of a layer that isn't recomputed counts what it saved itself; take it out of the stored."""
         if self.is_checkpointed:
-            return self._plus(self.stored, exchange, memory.no_grad.at(self.tokens, self.seq_len))
+            return {}
+        saved = by_category(self.layering.memories[number].saved, self.tokens, self.seq_len)
+        return {name: -value for name, value in saved.items()}
+
+    def _layer_forward(self, spot: Spot) -> dict[str, float]:
+        memory = self.layering.memories[spot.number]
+        exchange = {"workspace": self.run.buffers.forward}
+        escaped = self._escaped(spot.before)
+        if self.is_checkpointed:
+            counts = {**spot.before, spot.number: spot.before.get(spot.number, 0) + 1}
+            copies = {"workspace": self._cached(spot.before) + self._returned(spot)}
+            own = memory.no_grad.at(self.tokens, self.seq_len)
+            return self._plus(self._stored(counts), escaped, copies, exchange, own)
         own = memory.forward.at(self.tokens, self.seq_len)
-        return self._plus(self.stored, exchange, self._without_own(memory), own)
+        return self._plus(self._stored(spot.before), escaped, self._forward_variables(spot), exchange, own)
+
+    def _forward_variables(self, spot: Spot) -> dict[str, float]:
+        """The model's forward holds the embeddings' output, a layer its own input, and both the masks."""
+        streams = 2 if spot.before else 1
+        memories = self.layering.memories
+        first = self.layering.order[0]
+        streams -= bool(spot.before) and memories[first].saves_input
+        return {"activations": self.mask + streams * self.stream}
+
+    def _returned(self, spot: Spot) -> float:
+        return self.run.returned(self.tokens, self.seq_len) if spot.before else 0.0
 
     def _loss(self) -> dict[str, float]:
         head = self.run.head(self.tokens).forward.at(self.tokens, self.seq_len)
-        return self._plus(self.stored, {"workspace": self.run.buffers.loss}, head)
+        exchange = {"workspace": self.run.buffers.loss}
+        escaped = self._escaped(self.layering.counts)
+        return self._plus(self.stored, escaped, self._stored_copies(), exchange, head)
 
     def _backward(self) -> dict[str, float]:
-        """The largest of: the loss' own backward, and each kind of layer as the last and as the first one.
-
-        In between, stored activations shrink and gradients grow linearly, so the maximum is at an end.
-        """
-        buffers = self.run.buffers
-        at_head = {"workspace": buffers.head_backward - self._freed_copies()}
-        at_layer = {"workspace": buffers.last_layer_backward - self._freed_copies()}
-        head = self._shard_grads(self.run.head(self.tokens).backward.at(self.tokens, self.seq_len))
-        candidates = [self._plus(self.stored, at_head, head)]
-        for block in self.blocks:
-            peaks = block.memory.recompute if self.is_checkpointed else block.memory.backward
-            peak = self._shard_grads(peaks.at(self.tokens, self.seq_len))
-            candidates.append(
-                self._plus(self.stored, at_layer, self._without_own(block.memory), peak, self._head_grads())
-            )
-            candidates.append(self._plus(self._only_first(block), peak, self._late_grads(block)))
+        """The largest of the loss' own backward, layers', and the embeddings'."""
+        head = self.run.head(self.tokens).backward.at(self.tokens, self.seq_len)
+        exchange, escaped = {"workspace": self.run.buffers.head_backward}, self._escaped(self.layering.counts)
+        candidates = [self._plus(self.stored, escaped, exchange, head)]
+        candidates += [self._layer_backward(spot) for spot in self.layering.spots]
         candidates.append(self._embedding_backward())
-        return _highest([*candidates, *self._reductions()])
+        return highest([*candidates, *self._reductions()])
 
     def _reductions(self) -> list[dict[str, float]]:
         """Moments at which a group's whole gradients are about to become a rank's share."""
@@ -166,56 +186,25 @@ class Step:
             for held in (run.buffers.layer_reduce, run.buffers.prefetch)
         )
         at_embedding = {"workspace": run.buffers.embedding_reduce, "gradients": self._layers_grads()}
+        late = {"gradients": 0.0 if self.held_grads else self._head_grads()}
         candidates = [self._plus(self.stored, at_head), self._plus(at_embedding)]
-        candidates.append(self._plus(self.stored, ahead, self._head_grads()))
-        for block in self.blocks:
-            own = self._without_own(block.memory)
-            candidates.append(self._plus(self.stored, own, at_layer, self._head_grads()))
-            candidates += [self._plus(moment, self._late_grads(block)) for moment in (at_layer, ahead)]
+        candidates.append(self._plus(self.stored, ahead, late))
+        for spot in self.layering.spots:
+            own = self._without_own(spot.number)
+            candidates.append(self._plus(self.stored, own, at_layer, late))
+            candidates += [self._plus(moment, self._first_grads(spot)) for moment in (at_layer, ahead)]
         return candidates
 
-    def _without_own(self, memory: BlockMemory) -> dict[str, float]:
-        """A peak of a layer that isn't recomputed counts what it saved itself; take it out of the stored."""
-        if self.is_checkpointed:
-            return {}
-        sizes = zip(CATEGORIES, memory.saved, strict=True)
-        return {name: -evaluate(size, self.tokens, self.seq_len) for name, size in sizes}
+    def _first_grads(self, spot: Spot) -> dict[str, float]:
+        """All gradients but those that the first layer and the embedding are about to make."""
+        if self.held_grads:
+            return {"gradients": self.held_grads}
+        own = self._share(self.layering.memories[spot.number].weight_gradients[0])
+        return {"gradients": max(0.0, self._layers_grads() - own)}
 
-    def _only_first(self, block: LayerKind) -> dict[str, float]:
-        """What is left of the stored when the first layer's backward begins."""
-        if self.run.holds_inputs:
-            return self._all_inputs()
-        kept = self.is_checkpointed or block.memory.saves_input
-        return {
-            "activations": self.mask + self._escaped() + (self.stream if kept else 0.0),
-            "workspace": self.run.buffers.first_layer_backward,
-        }
-
-    def _all_inputs(self) -> dict[str, float]:
-        """All stored, and the gradients of the inputs of all layers but the first two, which the peak counts itself."""
-        num_layers = sum(block.count for block in self.blocks)
-        activations = self.stored["activations"] + max(0, num_layers - 2) * self.stream
-        workspace = self.stored["workspace"] - self._freed_copies() + self.run.buffers.first_layer_backward
-        return {"activations": activations, "workspace": workspace}
-
-    def _shard_grads(self, peak: dict[str, float]) -> dict[str, float]:
-        """Gradients made within a block: one at a time where each is used, or added to a held one, at once."""
-        is_reused = self.run.setup.optimizer_in_backward or self.held_grads
-        if not is_reused or self.run.reduces_by_group:
-            return peak
-        return {**peak, "gradients": min(peak["gradients"], self.run.inventory.largest_trained_bytes)}
-
-    def _head_grads(self) -> dict[str, float]:
-        """Gradients of head and final norm, made before the first layer's backward."""
-        if self.held_grads or self.run.setup.optimizer_in_backward:
-            return {}
-        run = self.run
-        is_late = run.reduces_by_group and run.model.tied_head
-        if not run.recipe.trains_base or run.model.head is None or is_late:
-            return {}
-        ranks = 1 if run.strategy.reduces_root_last else run.gradient_ranks
-        share = self._share(run.model.head.num_weights * run.recipe.weight)
-        return {"gradients": share * run.gradient_ranks / ranks}
+    def _layers_grads(self) -> float:
+        """All gradients that a rank keeps before the embedding has made its own."""
+        return self.held_grads or self.all_grads - self._share(self._embedding_bytes())
 
     def _share(self, whole_gradients: float) -> float:
         """What a rank keeps of gradients that a layer made."""
@@ -225,22 +214,48 @@ class Step:
         made = run.recipe.adapter if run.setup.uses_adapters else run.recipe.weight
         return whole_gradients * trained_width(run.setup) / made / run.gradient_ranks
 
-    def _late_grads(self, block: LayerKind) -> dict[str, float]:
-        """All gradients but those that the first layer and the embedding are about to make."""
-        if self.run.setup.optimizer_in_backward:
-            return {}
-        if self.held_grads:
-            return {"gradients": self.held_grads}
-        own = self._share(block.memory.weight_gradients[0])
-        return {"gradients": max(0.0, self._layers_grads() - own)}
+    def _layer_backward(self, spot: Spot) -> dict[str, float]:
+        memory = self.layering.memories[spot.number]
+        peaks = memory.recompute if self.is_checkpointed else memory.backward
+        buffers = self.run.buffers
+        held = buffers.first_layer_backward if spot.after else buffers.last_layer_backward
+        exchange = {"workspace": held}
+        own = {"activations": self._stored_inputs({spot.number: 1})}
+        if self.run.holds_inputs:
+            own["activations"] += self._inputs_behind(spot)
+        return self._plus(
+            self._stored(spot.before),
+            self._escaped(self.layering.counts),
+            exchange,
+            own,
+            peaks.at(self.tokens, self.seq_len),
+            self._late_grads(spot),
+        )
 
-    def _layers_grads(self) -> float:
-        """All gradients that a rank keeps before the embedding has made its own."""
-        if self.held_grads:
-            return self.held_grads
-        if self.run.reduces_by_group:
-            return self.all_grads - self._share(self._embedding_bytes())
-        return self.all_grads - (0.0 if self.run.model.tied_head else self._embedding_bytes())
+    def _inputs_behind(self, spot: Spot) -> float:
+        """Inputs of the layers behind this one, and their gradients but for the next one's, which its peak counts."""
+        num_behind = sum(spot.after.values())
+        return num_behind * self.stream + max(0, num_behind - 1) * self.stream
+
+    def _late_grads(self, spot: Spot) -> dict[str, float]:
+        """Gradients of head, final norm and the layers behind this one."""
+        run = self.run
+        if self.held_grads or run.setup.optimizer_in_backward:
+            # A tied head's gradient waits for the embedding's, wherever the others go.
+            return {"gradients": self._embedding_bytes() if run.model.tied_head else 0.0}
+        sizes = {i: memory.weight_gradients for i, memory in enumerate(self.layering.memories)}
+        after = self.layer_share * self._at(sum_of(sizes, spot.after))
+        return {"gradients": self._share(after) + self._head_grads()}
+
+    def _head_grads(self) -> float:
+        """What a rank keeps of the gradients of head and final norm."""
+        run = self.run
+        is_late = run.reduces_by_group and run.model.tied_head
+        if not run.recipe.trains_base or run.model.head is None or is_late:
+            return 0.0
+        elements = run.model.head.num_weights + run.model.head.num_biases + run.model.final_params
+        ranks = 1 if run.strategy.reduces_root_last else run.gradient_ranks
+        return self._share(elements * run.recipe.weight) * run.gradient_ranks / ranks
 
     def _embedding_bytes(self) -> float:
         run = self.run
@@ -249,39 +264,52 @@ class Step:
         return run.model.token_embedding_params * run.recipe.weight
 
     def _embedding_backward(self) -> dict[str, float]:
-        """The embedding's dense gradient beside all others; with a tied head it is added to the head's."""
-        exchange = {"workspace": self.run.buffers.embedding_backward, "activations": float(self.stream)}
-        second = self._embedding_bytes() if self.run.model.tied_head or self.held_grads else 0.0
-        grads = (self.held_grads or self.all_grads or self._embedding_bytes()) + second
+        """The embedding's dense gradient beside all others.
+
+        With a tied head it is added to the head's, which is a view of a product: out of place.
+        """
+        second = self._embedding_bytes() * (2 if self.run.model.tied_head else 1 if self.held_grads else 0)
+        grads = self.held_grads or self.all_grads or self._embedding_bytes()
+        if self.run.setup.optimizer_in_backward:
+            second += (self.run.recipe.step_factor or 0.0) * self._embedding_bytes()
         if self.run.reduces_by_group:
-            grads = self._layers_grads() + self._embedding_bytes()
-        return self._plus({"gradients": grads}, exchange)
+            grads, second = self._layers_grads(), self._embedding_bytes()
+        exchange = {"workspace": self.run.buffers.embedding_backward}
+        own = {"gradients": grads + second, "activations": self.stream + self._held_through()}
+        return self._plus(own, exchange, self._escaped(self.layering.counts))
 
     def _optimizer(self) -> dict[str, float]:
-        inventory = self.run.inventory
-        share = self.run.setup.num_gpus if self.run.strategy.shards_optimizer else 1
-        step = 0.0 if self.run.setup.offload != "none" else inventory.step_bytes / share
-        grads = self.all_grads or inventory.largest_trained_bytes
+        """The optimizer's step; nothing is left of it where the backward has stepped."""
+        setup, inventory = self.run.setup, self.run.inventory
+        share = setup.num_gpus if self.run.strategy.shards_optimizer else 1
+        steps = setup.offload == "none" and not setup.optimizer_in_backward
+        step = inventory.step_bytes / share if steps else 0.0
         exchange = {"workspace": self.run.buffers.optimizer}
-        own = {"gradients": grads, "optimizer": step, "activations": -self.base["activations"]}
+        own = {"gradients": self.all_grads, "optimizer": step, "activations": self.inputs}
         return self._plus(own, exchange)
 
     def _eval(self) -> dict[str, float]:
         """The head, or a layer beside its input and the embeddings' output, which the model's forward holds."""
         setup, run = self.run.setup, self.run
         tokens = self.tokens if setup.eval_batch_size is None else setup.eval_batch_size * self.seq_len
-        cast = self._autocast_copies(with_head=setup.loss == "full")
-        at_layer, at_loss = ({"workspace": cast + held} for held in (run.buffers.eval, run.buffers.eval_loss))
-        held = {"activations": 2.0 * self.stream * tokens / self.tokens}
-        head = run.head(tokens, evaluates=True).no_grad
-        peaks = [self._plus(at_loss, head.at(tokens, self.seq_len))]
+        inputs, stream = self._input_bytes(tokens), self.stream * tokens / self.tokens
+        copies = {"workspace": self._cached(self.layering.counts) + run.buffers.eval_loss}
+        head = run.head(tokens, evaluates=True).no_grad.at(tokens, self.seq_len)
+        peaks = [self._plus(copies, {"activations": inputs}, head)]
         if run.reduces_by_group:
-            peaks.append(self._plus(held, {"workspace": run.buffers.eval_gather}))
-        for block in self.blocks:
-            peaks.append(self._plus(at_layer, held, block.memory.no_grad.at(tokens, self.seq_len)))
-        return _highest(peaks)
+            peaks.append(self._plus({"activations": 2 * stream}, {"workspace": run.buffers.eval_gather}))
+        mask = run.masks(tokens, self.seq_len)
+        held = inputs + mask + run.rotary(tokens, self.seq_len)
+        layering = run.layering(tokens, self.seq_len, evaluates=True)
+        for spot in layering.spots:
+            own = {"activations": held + (2 if spot.before else 1) * stream}
+            returned = run.returned(tokens, self.seq_len) if spot.before else 0.0
+            copies = {"workspace": self._cached(spot.before) + run.buffers.eval + returned}
+            peak = layering.memories[spot.number].no_grad.at(tokens, self.seq_len)
+            peaks.append(self._plus(own, copies, peak))
+        return highest(peaks)
 
 
-def _highest(candidates: list[dict[str, float]]) -> dict[str, float]:
+def highest(candidates: list[dict[str, float]]) -> dict[str, float]:
     """The candidate with the largest sum."""
     return max(candidates, key=lambda terms: sum(terms.values()))

@@ -63,9 +63,11 @@ def _wide_rms_norm(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
 
 
 def _rms_normed(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
+    """The square's backward holds three tensors: the mean's gradient, the power below, and its multiple."""
     full, wide = cast(tape, x, FULL_WIDTH, norm.num_elements), norm.size(FULL_WIDTH)
-    scale = tape.run([full], norm.statistic(), FULL_WIDTH, saves=[full], temp=wide, grad_temp=wide)
-    return tape.run([full, scale], wide, FULL_WIDTH, saves=[full, scale])
+    thrice = norm.size(3 * FULL_WIDTH)
+    scale = tape.run([full], norm.statistic(), FULL_WIDTH, saves=[full], temp=wide, grad_temp=thrice)
+    return tape.run([full, scale], wide, FULL_WIDTH, saves=[full, scale], grad_temp=wide)
 
 
 def _weighted(norm: Norm, tape: Tape, normed: Tensor, width: int) -> Tensor:

@@ -1,45 +1,46 @@
-"""What of a setup and model doesn't depend on the batch, for one rank: its weights and states, its blocks, its buffers."""
+"""What of a setup and model doesn't depend on the batch, per rank: the layers' and the head's memory, what is always there."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from planner.blocks import Recipe, layer_memory
+from planner.blocks import layer_memory
 from planner.exchange import exchanged
 from planner.heads import LossBytes, head_memory
 from planner.inventory import take_inventory
-from planner.layers import target_matrices
+from planner.layering import Layering, lay
+from planner.linears import Recipe
 from planner.lowering import block_recipe, keeps_embeddings, loss_bytes
 from planner.results import ALLOCATED_TERMS
 from planner.setup import TrainSetup
 from planner.sharding import STRATEGIES, Buffers
 from planner.specs import LayerSpec, ModelSpec
 from planner.stack import parse_stack
-from planner.tape import BlockMemory
+from planner.tape import FULL_WIDTH, BlockMemory
 from planner.units import DTYPE_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class LayerKind:
-    """A kind of layer: how often it occurs, and its memory."""
-
-    count: int
-    memory: BlockMemory
-
 
 _layer_memory = functools.lru_cache(maxsize=4096)(layer_memory)
 
 
 @functools.lru_cache(maxsize=8192)
-def _layer_kinds(model: ModelSpec, recipe: Recipe, masked: tuple[bool, ...]) -> tuple[LayerKind, ...]:
-    """Kinds of layers that differ only in number and window are built once."""
-    kinds = []
-    for layer, is_masked in zip(model.layers, masked, strict=True):
-        alike = replace(layer, count=1, window=None)
-        memory = _layer_memory(alike, model.hidden_size, replace(recipe, is_masked=is_masked))
-        kinds.append(LayerKind(layer.count, memory))
-    return tuple(kinds)
+def _layering(model: ModelSpec, recipe: Recipe, masked: tuple[bool, ...]) -> Layering:
+    """Kinds of layers that differ only in number and window are built once, and the first layer by itself."""
+    numbers: dict[tuple[int, bool], int] = {}
+    memories: list[BlockMemory] = []
+    order = []
+    for position, kind in enumerate(model.sequence):
+        is_first = position == 0 and not (recipe.trains_base or recipe.has_first_grad)
+        asked = kind, is_first
+        if asked not in numbers:
+            alike = replace(model.layers[kind], count=1, window=None)
+            own = replace(recipe, is_masked=masked[kind])
+            memory = _layer_memory(alike, model.hidden_size, own, is_first=is_first)
+            if memory not in memories:
+                memories.append(memory)
+            numbers[asked] = memories.index(memory)
+        order.append(numbers[asked])
+    return lay(memories, order)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -71,6 +72,7 @@ class Run:
         self.recipe = block_recipe(setup, model, self._stack, on_gpu=on_gpu, has_flash=has_flash)
         self._heads: dict[tuple[int, bool, bool], BlockMemory] = {}
         self._head_recipe = _without_layers(self.recipe)
+        self._recipes: dict[tuple[bool, bool], Recipe] = {}
         self._ranks = setup.num_gpus
         self._workspace = workspace_bytes
         self.buffers = Buffers()
@@ -78,10 +80,25 @@ class Run:
             groups = exchanged(setup, model, self.inventory, is_reentrant=self.recipe.reentrant)
             self.buffers = self.strategy.buffers(groups)
 
-    def blocks(self, seq_len: int) -> tuple[LayerKind, ...]:
+    def layering(self, tokens: int, seq_len: int, *, evaluates: bool = False) -> Layering:
         """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
         masked = tuple(self._is_masked(layer, seq_len) for layer in self.model.layers)
-        return _layer_kinds(self.model, self.recipe, masked)
+        return _layering(self.model, self._recipe(evaluates and self._drops, tokens <= seq_len), masked)
+
+    def _recipe(self, evaluates: bool, is_single: bool) -> Recipe:
+        asked = evaluates, is_single
+        if asked not in self._recipes:
+            is_packed = (self.setup.packing or self.setup.padding_free) and not self.setup.stack
+            self._recipes[asked] = replace(
+                self.recipe, training=not evaluates, is_single=is_single, flattens=is_single and is_packed
+            )
+        return self._recipes[asked]
+
+    @property
+    def _drops(self) -> bool:
+        """Whether training differs from evaluation by a dropout."""
+        in_model = any(layer.dropout or layer.attention_dropout for layer in self.model.layers)
+        return in_model or self.recipe.dropout
 
     def _is_masked(self, layer: LayerSpec, seq_len: int) -> bool:
         if self.setup.attention != "sdpa":
@@ -89,19 +106,33 @@ class Run:
         is_beyond = layer.window is not None and seq_len >= layer.window
         return is_beyond or self.setup.packing or self.setup.padding_free
 
-    def num_cast_params(self) -> int:
-        """Adapters' elements that autocast casts: all but those that peft folds into experts without it."""
-        cast = (t for t in target_matrices(self.model, self.setup.targets) if t[1].kind != "parameter")
-        return sum(
-            layer.count * matrix.copies * self.setup.rank * (matrix.in_features + matrix.out_features)
-            for layer, matrix in cast
-        )
+    def masks(self, tokens: int, seq_len: int) -> float:
+        """Bytes of the masks that layers share: additive for eager attention, else boolean, which rows have in common
+        unless documents make each row's its own.
 
-    def mask_width(self, seq_len: int) -> int:
-        """Bytes per pair of positions of the mask that the layers share: additive for eager, else boolean."""
+        One for each window and one for full attention; where none is needed, torch's attention gets none.
+        """
         if self.setup.attention == "eager":
-            return self.recipe.compute
-        return int(any(self._is_masked(layer, seq_len) for layer in self.model.layers))
+            return float(
+                self.recipe.mask * len({layer.window for layer in self.model.layers}) * tokens * seq_len
+            )
+        masked = {layer.window for layer in self.model.layers if self._is_masked(layer, seq_len)}
+        return float(len(masked) * seq_len * (tokens if self.setup.packing else seq_len))
+
+    def returned(self, tokens: int, seq_len: int) -> float:
+        """Bytes of the weights that the layer before has returned."""
+        if self.setup.attention != "eager" or not self.model.returns_weights:
+            return 0.0
+        recipe = self.recipe
+        follows_norm = recipe.quantised_bits or self.model.layers[0].scores == "falcon"
+        narrow = recipe.compute if recipe.autocast else max(recipe.stream, recipe.norm)
+        width = FULL_WIDTH if recipe.autocast and follows_norm else narrow
+        return float(width * self.model.layers[0].num_heads * tokens * seq_len)
+
+    def rotary(self, tokens: int, seq_len: int) -> float:
+        """Bytes of the rotary tables: for each position of each row, where rows bring their positions."""
+        positions = seq_len if self.setup.stack else tokens
+        return float(self.recipe.stream * self.model.num_rotary * positions)
 
     def head(self, tokens: int, *, ends_at_logits: bool = False, evaluates: bool = False) -> BlockMemory:
         """Final norm, head and loss; how many tokens a chunked loss takes at once depends on the batch."""

@@ -53,10 +53,11 @@ class LayerSpec:
     16 bits). `hands_over_groups`: grouped heads reach the attention kernel as they are; False where the model copies
     them out, or broadcasts a single one, itself.
     `wiring`: where the norms on the residual stream are, `num_norms` of them: "pre" before attention and feed-forward
-    part, "reordered" after each before it is added, "sandwich" both, "parallel" before both parts, which read the
+    part, "reordered" after each before it is added, "sandwich" both, "post" after each sum, "parallel" before both parts, which read the
     same stream. `norm`: "rmsnorm", "layernorm", either "-wide" (narrowed to 16 bits after the weight, not before)
     or "-plain" (without a weight). `activation`: its name in transformers.
-    `side` is "encoder" or "decoder". `window` is the sliding window in tokens, None for full attention.
+    `routing`: whether experts are weighted in the tokens' dtype ("narrow"), in float32 ("scores"), and the router too
+    ("wide"). `side` is "encoder" or "decoder". `window` is the sliding window in tokens, None for full attention.
     """
 
     count: int
@@ -71,6 +72,9 @@ class LayerSpec:
     causal: bool = True
     qk_norm: str = "none"
     scores: str = "plain"
+    rotary: str = "full"
+    dropout: bool = False
+    attention_dropout: bool = False
     hands_over_groups: bool = True
     norm: str = "rmsnorm"
     num_norms: int = 2
@@ -79,6 +83,7 @@ class LayerSpec:
     activation: str = "silu"
     num_experts: int = 0
     experts_per_token: int = 0
+    routing: str = "narrow"
     side: str = "decoder"
 
     @property
@@ -96,7 +101,10 @@ class ModelSpec:
     the matrix that a tied head shares. `head` is None where the model has no head of its own;
     with `tied_head` the head's weight is the token embedding and counts once.
     `final_params`: final norms, poolers, head transforms (elements); those of them that are linear modules
-    are named in `outside`. `note` says what the numbers leave out (a multi-modal model's other parts).
+    are named in `outside`. `note` says what the numbers leave out (a multi-modal model's other parts). `order` gives
+    for each layer its kind, an index into `layers`; `num_rotary` counts the elements of the rotary tables per position, `buffer_bytes` what the
+    model keeps besides parameters, whatever their dtype. `norms_embeddings`: a norm makes the first layer's input;
+    `returns_weights`: eager attention's weights live on until the next layer's are there.
     `config` is the config.json that it came from.
     """
 
@@ -114,6 +122,11 @@ class ModelSpec:
     tied_head: bool
     final_params: int
     outside: tuple[Matrix, ...] = ()
+    order: tuple[int, ...] = ()
+    num_rotary: int = 0
+    buffer_bytes: int = 0
+    norms_embeddings: bool = False
+    returns_weights: bool = False
     logit_softcap: bool = False
     remote_code: bool = False
     license: str | None = None
@@ -136,6 +149,11 @@ class ModelSpec:
     def is_traced(self) -> bool:
         """Whether it stands for an architecture without formulas, whose memory only traces know: no layers."""
         return not self.layers
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """For each layer its kind, an index into `layers`: `order`, or one kind after the other."""
+        return self.order or tuple(i for i, layer in enumerate(self.layers) for _ in range(layer.count))
 
     @property
     def num_layers(self) -> int:

@@ -40,21 +40,61 @@ def attention(
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(dtype)
     head_dim = query.shape[-1]
     is_flash = attn_mask is None and query.dtype != torch.float32 and head_dim <= MAX_FLASH_HEAD_DIM
+    bias = None if attn_mask is None else _as_bias(attn_mask, query.dtype)
     out: torch.Tensor
-    if is_flash and value.shape[-1] == head_dim:
-        out = FlashAttention.apply(query, key, value)
-    elif key.shape[1] == query.shape[1]:
-        bias = None if attn_mask is None else _as_bias(attn_mask, query.dtype)
-        out = EfficientAttention.apply(query, key, value, bias)
-    else:
-        # The memory-efficient kernel takes no grouped heads: torch falls back to plain matrix products, inside
-        # which autocast, having cast the inputs, is off (aten/src/ATen/autocast_mode.h, CachedCastToLowerPrecision).
-        with torch.autocast("cpu", enabled=False):
-            out = aten._scaled_dot_product_attention_math(
-                query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-            )[0]
+    # Autocast casts what goes in and is off inside (autocast_mode.h, WrapFunction_).
+    with without_autocast():
+        if is_flash and value.shape[-1] == head_dim:
+            out = FlashAttention.apply(query, key, value)
+        elif key.shape[1] == query.shape[1]:
+            out = EfficientAttention.apply(query, key, value, bias)
+        else:
+            # The memory-efficient kernel takes no grouped heads: torch falls back to plain matrix products.
+            out = plain_products(query, key, value, bias, dropout_p=dropout_p, is_causal=is_causal)
+    return out
+
+
+def without_autocast() -> Any:
+    """Inside, operators run in the dtypes of their inputs."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    return torch._C._ExcludeDispatchKeyGuard(keys)
+
+
+def plain_products(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    dropout_p: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    """The math fallback (attention.cpp, _scaled_dot_product_attention_math), in float32 whatever the inputs are.
+
+    Not torch's own, which adds the mask out of place to tensors that are subclasses, as fake ones are.
+    """
+    dtype, groups = query.dtype, query.shape[1] // key.shape[1]
+    query, key, value = query.float(), key.float(), value.float()
+    query = query * 1.0
+    if is_causal:
+        bias = torch.ones((query.shape[-2], key.shape[-2]), dtype=torch.bool).tril()
+        bias = _as_bias(bias, query.dtype)
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = query @ (key.transpose(-2, -1) * 1.0)
+    if bias is not None:
+        scores.add_(bias)
+    scores = torch._safe_softmax(scores, -1)
+    if dropout_p:
+        scores = torch.native_dropout(scores, dropout_p, True)[0]
+    # The weights are its second result, alive until it returns.
+    weights = scores.to(dtype)
+    out = (scores @ value).to(dtype)
+    del weights
     return out
 
 
@@ -106,7 +146,8 @@ def _as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A bool mask becomes an additive one (attention.cpp, convert_boolean_attn_mask)."""
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    allowed, forbidden = torch.zeros((), dtype=dtype), torch.full((), float("-inf"), dtype=dtype)
+    return torch.where(mask, allowed, forbidden)
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -6,6 +6,7 @@ buffers while they run. Written from PyTorch's sources; each function names its 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from unittest import mock
 import torch
 from torch.nn import functional
 
-from bench.trace.attention import attention
+from bench.trace.attention import attention, without_autocast
 
 aten = torch.ops.aten
 
@@ -25,6 +26,7 @@ def cuda_rules(*, autocast: bool) -> Iterator[None]:
     with ExitStack() as stack:
         for name, replacement in _FUNCTIONS.items():
             stack.enter_context(mock.patch.object(functional, name, replacement))
+        stack.enter_context(_cuda_int8())
         if autocast:
             stack.enter_context(cuda_autocast())
             # Without a device it asks for CUDA's; PEFT casts a 4-bit layer's input or not by it.
@@ -32,7 +34,15 @@ def cuda_rules(*, autocast: bool) -> Iterator[None]:
         yield
 
 
-# --- dropout and softmax
+@contextmanager
+def _cuda_int8() -> Iterator[None]:
+    """On a CPU bitsandbytes trains 8-bit linears with unpacked weights (autograd/_functions.py, matmul)."""
+    functions = importlib.import_module("bitsandbytes.autograd._functions")
+    with mock.patch.object(functions, "MatMul8bitFp", functions.MatMul8bitLt):
+        yield
+
+
+# --- dropout, softmax, products of experts
 
 
 def dropout(
@@ -65,8 +75,44 @@ def _softmax_like(original: Callable[..., torch.Tensor], fused: Any) -> Callable
     return softmax
 
 
+class _GroupedProducts(torch.autograd.Function):  # type: ignore[misc]
+    """rows [S, in] times one of weights [groups, in, out] each; keeps what its gradients need."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        needs_rows, needs_weights = ctx.needs_input_grad
+        ctx.save_for_backward(rows if needs_weights else None, weights if needs_rows else None)
+        ctx.shapes = rows.shape, weights.shape
+        return rows.new_empty((rows.shape[0], weights.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        made = (
+            grads[0].new_empty(s) if n else None
+            for s, n in zip(ctx.shapes, ctx.needs_input_grad, strict=True)
+        )
+        return tuple(made)
+
+
+_grouped_mm = functional.grouped_mm
+
+
+def grouped_mm(
+    rows: torch.Tensor, weights: torch.Tensor, *, offs: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """CUDA multiplies other dtypes than bfloat16 group by group, into one output (GroupedBlas.cpp); fake tensors
+    are refused.
+    """
+    if rows.dtype == torch.bfloat16:
+        out: torch.Tensor = _grouped_mm(rows, weights, offs=offs, **options)
+        return out
+    result: torch.Tensor = _GroupedProducts.apply(rows, weights)
+    return result
+
+
 _FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "scaled_dot_product_attention": attention,
+    "grouped_mm": grouped_mm,
     "dropout": dropout,
     "softmax": _softmax_like(functional.softmax, aten._softmax.default),
     "log_softmax": _softmax_like(functional.log_softmax, aten._log_softmax.default),
@@ -151,18 +197,13 @@ def _overload(name: str) -> Any:
     return getattr(getattr(aten, packet), overload or "default")
 
 
-def _without_autocast() -> Any:
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    return torch._C._ExcludeDispatchKeyGuard(keys)
-
-
 def _is_16bit(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
 
 
 def _to_float32(op: Any) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _without_autocast():
+        with without_autocast():
             return op(*(a.float() if _is_16bit(a) else a for a in args), **kwargs)
 
     return call
@@ -176,7 +217,7 @@ def _float32_result(op: Any) -> Callable[..., Any]:
         named = kwargs.get("dtype") or (args[position] if len(args) > position else None)
         if named is None and _is_16bit(args[0]):
             args, kwargs = args[:position], {**kwargs, "dtype": torch.float32}
-        with _without_autocast():
+        with without_autocast():
             return op(*args, **kwargs)
 
     return call
@@ -229,7 +270,13 @@ def int8_vectorwise_quant_workspace(rows: torch.Tensor, threshold: float = 0.0) 
     return [torch.empty(rows.shape, dtype=rows.dtype), torch.empty(rows.shape, dtype=torch.bool)]
 
 
+def safe_softmax_workspace(scores: torch.Tensor, *_: Any, **__: Any) -> list[torch.Tensor]:
+    """The plain softmax and where the scores are infinite, beside the result (native/transformers/attention.cpp)."""
+    return [torch.empty_like(scores), torch.empty(scores.shape, dtype=torch.bool)]
+
+
 WORKSPACES: dict[str, Callable[..., list[torch.Tensor]]] = {
+    "aten::_safe_softmax": safe_softmax_workspace,
     "bitsandbytes::gemm_4bit": gemm_4bit_workspace,
     "bitsandbytes::int8_vectorwise_quant": int8_vectorwise_quant_workspace,
     "bitsandbytes::int8_scaled_mm": int8_scaled_mm_workspace,

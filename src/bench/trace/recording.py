@@ -112,15 +112,18 @@ class Recording:
     def peaks(self, step: int) -> dict[Place, Peak]:
         """The peak at each place of optimizer step `step` (0: building and loading).
 
-        What is alive when a phase begins counts at the place of its first allocation.
+        What is alive when a phase begins counts before its layers.
         """
         found: dict[Place, Peak] = {}
         marks = iter([*self.marks, Mark(len(self.events), -1, "")])
         mark, following = Mark(0, -1, ""), next(marks)
-        seen_layer = False
+        seen_layer, before = False, 0
         for at, (event, total) in enumerate(zip(self.events, self.live_bytes(), strict=True)):
             while following.at <= at:
                 mark, following, seen_layer = following, next(marks), False
+                if mark.step == step and at:
+                    found.setdefault((mark.phase, "before", 0), Peak(before, at - 1))
+            before = total
             if mark.step != step or event < 0:
                 continue
             layer = self.storages[event].layer

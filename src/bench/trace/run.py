@@ -163,7 +163,9 @@ def _live_tensor(recording: Recording, storage: Storage) -> LiveTensor:
 
 def _depths(setup: TrainSetup, config: Any) -> Depths:
     """The kinds of layers of the whole model decide; an encoder-decoder is traced whole."""
-    plain = setup.with_(method="full", quant=None, checkpointing="none", optimizer_in_backward=False)
+    plain = setup.with_(
+        method="full", quant=None, checkpointing="none", optimizer_in_backward=False, attention="eager"
+    )
     model = build_model(plain, meta=True)
     numbers = layer_numbers(model, [name for name, _ in model.named_modules()])
     kinds = layer_kinds(model, numbers)
@@ -207,12 +209,12 @@ def record(setup: TrainSetup, *, on_gpu: bool) -> Recording:
     """
     answer = not (setup.packing and setup.attention != "flash")
     workspaces = WORKSPACES if on_gpu else {}
+    tensors = FakeTensorMode(allow_non_fake_inputs=True)
     if setup.num_gpus == 1:
-        tracker = Tracker(answer=answer, workspaces=workspaces)
-        return record_on(setup, tracker, FakeTensorMode(allow_non_fake_inputs=True), on_gpu=on_gpu)
+        return record_on(setup, Tracker(answer=answer, workspaces=workspaces), tensors, on_gpu=on_gpu)
     shared = RankTracker(answer=answer, workspaces=workspaces)
     with fake_ranks(setup.num_gpus), shared.resizes():
-        return record_on(setup, shared, FakeTensorMode(allow_non_fake_inputs=True), on_gpu=on_gpu)
+        return record_on(setup, shared, tensors, on_gpu=on_gpu)
 
 
 def record_on(

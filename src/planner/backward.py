@@ -1,0 +1,134 @@
+"""The backward of recorded operations (planner.tape): which gradients and saved tensors are alive at each moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from planner.operations import Operation, Tensor
+from planner.sizes import GRADIENTS, NOTHING, WORKSPACE, ZERO, Size, Snapshot, add, scale, with_at
+
+
+@dataclass(slots=True)
+class _Gradient:
+    """One storage that is the gradient of `num_owners` tensors."""
+
+    size: Size
+    category: int
+    is_view: bool = False
+    num_owners: int = 0
+
+
+class Backward:
+    """Plays the operations in reverse.
+
+    `snapshots` are the candidates for the peak, `waiting` the gradients that are alive when a saved tensor is
+    first asked for.
+    """
+
+    def __init__(
+        self,
+        operations: Sequence[Operation],
+        saved: Sequence[Size],
+        step_factor: float | None,
+        *,
+        frees_kept: bool,
+    ) -> None:
+        self.operations, self.live = operations, list(saved)
+        self.step_factor, self.frees_kept = step_factor, frees_kept
+        self.snapshots: list[Snapshot] = []
+        self.waiting = NOTHING
+        self._saved = tuple(saved)
+        self._gradients: dict[int, _Gradient] = {}
+
+    def run(self) -> None:
+        """From the last operation to the first."""
+        output = self.operations[-1].output
+        self._gradients[id(output)] = gradient = self._allocate(output)
+        gradient.num_owners = 1
+        freed_at = _first_saver(self.operations)
+        has_waited = False
+        for index in range(len(self.operations) - 1, -1, -1):
+            op = self.operations[index]
+            if op.needs_saved and not has_waited:
+                has_waited = True
+                self.waiting = self._beyond_saved()
+            if id(op.output) in self._gradients:
+                self._step(op)
+            for tensor in freed_at.get(index, ()):
+                if self.frees_kept or not tensor.is_kept:
+                    self._change(tensor.category, tensor.size, -1)
+
+    def _step(self, op: Operation) -> None:
+        mine = self._gradients.pop(id(op.output))
+        wanted = [t for t in op.inputs if t.needs_grad]
+        made = [mine if op.shares_grad and t.gradient == mine.size else self._allocate(t) for t in wanted]
+        for gradient in made:
+            gradient.is_view = gradient.is_view or op.views_grad
+        if op.weight_grad is not ZERO:
+            self._change(GRADIENTS, op.weight_grad, 1)
+        moment = self._snapshot()
+        self.snapshots.append(moment if op.grad_temp is ZERO else with_at(moment, WORKSPACE, op.grad_temp))
+        for gradient in made:
+            gradient.num_owners += 1
+        self._drop(mine)
+        if self.step_factor is not None and op.weight_grad is not ZERO:
+            self.snapshots.append(
+                with_at(self._snapshot(), GRADIENTS, scale(op.weight_grad, self.step_factor))
+            )
+            self._change(GRADIENTS, op.weight_grad, -1)
+        for tensor, gradient in zip(wanted, made, strict=True):
+            self._accumulate(tensor, gradient)
+
+    def _accumulate(self, tensor: Tensor, gradient: _Gradient) -> None:
+        """Give a tensor its gradient, or add it to the one that is there."""
+        there = self._gradients.get(id(tensor))
+        if there is None:
+            self._gradients[id(tensor)] = gradient
+        elif there.num_owners == 1 and not there.is_view:
+            self._drop(gradient)
+        else:
+            self._gradients[id(tensor)] = total = self._allocate(tensor)
+            total.num_owners = 1
+            self.snapshots.append(self._snapshot())
+            self._drop(there)
+            self._drop(gradient)
+
+    def _drop(self, gradient: _Gradient) -> None:
+        gradient.num_owners -= 1
+        if gradient.num_owners == 0:
+            self._change(gradient.category, gradient.size, -1)
+
+    def _allocate(self, tensor: Tensor) -> _Gradient:
+        self._change(tensor.category, tensor.gradient, 1)
+        return _Gradient(tensor.gradient, tensor.category)
+
+    def _change(self, category: int, size: Size, sign: int) -> None:
+        a = self.live[category]
+        self.live[category] = (
+            a[0] + sign * size[0],
+            a[1] + sign * size[1],
+            a[2] + sign * size[2],
+            a[3] + sign * size[3],
+        )
+
+    def _beyond_saved(self) -> Snapshot:
+        live, saved = self.live, self._saved
+        differences = [add(live[i], scale(saved[i], -1)) for i in range(4)]
+        return (differences[0], differences[1], differences[2], differences[3])
+
+    def _snapshot(self) -> Snapshot:
+        return (self.live[0], self.live[1], self.live[2], self.live[3])
+
+
+def _first_saver(operations: Sequence[Operation]) -> dict[int, list[Tensor]]:
+    """For each operation the saved tensors that its backward is the last to need (inputs of the block apart)."""
+    first: dict[int, tuple[int, Tensor]] = {}
+    for index, op in enumerate(operations):
+        for tensor in op.saves:
+            if tensor.saved_until >= 0:
+                first.setdefault(id(tensor), (index, tensor))
+    freed: dict[int, list[Tensor]] = {}
+    for index, tensor in first.values():
+        freed.setdefault(index, []).append(tensor)
+    return freed

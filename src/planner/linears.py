@@ -1,0 +1,275 @@
+"""Norms, residual sums and linear modules with their adapters, as the operations that torch runs (planner.tape).
+
+Each function mirrors the module of torch, peft or bitsandbytes that it is named after: which casts it makes and
+which tensors each operation saves. Widths are bytes per element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.pointwise import Norm, cast
+from planner.specs import Matrix
+from planner.tape import ACTIVATIONS, WORKSPACE, ZERO, Size, Tape, Tensor, constant, per_token, scale
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What of a TrainSetup decides which tensors a block makes; widths in bytes per element.
+
+    `weight` of the 16/32-bit matrices, `norm` of norm weights (4 under kbit_upcast), `compute` of matrix
+    products under `autocast` and of those with packed weights (others compute in their operands' dtype), `adapter` of
+    adapters, `stream` of the embedding's output. `adapted` pairs the matrices' paths
+    that get an adapter with its rank. `quantised_bits`: linears are bitsandbytes' 4-bit or 8-bit ones (0: neither).
+    `is_float16`: 16 bits mean float16, which some kernels widen inside.
+    `fused`: norms and rotary embeddings in one kernel each that saves its input only (Triton, or torch.compile,
+    whose partitioner recomputes pointwise operations in the backward); `fused_mlp`: gated activations too; `fused_adapters`: a
+    quantised linear and its adapter are one autograd function (Unsloth's LoRA_QKV and LoRA_W). `on_gpu`: CUDA's
+    kernels instead of the CPU's; `has_flash`: FlashAttention runs on the card; `is_masked`: torch's attention is given a
+    mask; `repeats_groups`: the kernel is given grouped keys and values copied out to all heads; `checkpointed`: layers are recomputed; `reentrant`: checkpoints recompute a layer whole and keep
+    its output meanwhile, the default of transformers before 5. `has_first_grad`: the gradient of the first layer's
+    input is computed though nothing before it trains. `step_factor`: each weight's gradient is used as soon as it is
+    there, which takes that many times its bytes (Tape.play). `training`: dropouts drop; `copies_weights`: autocast narrows weights that the ranks haven't gathered narrow.
+    `is_single`: the micro-batch is one row; `flattens`: flash attention is given its documents one after the other, in
+    copies (modeling_flash_attention_utils.py, _prepare_from_posids).
+    """
+
+    weight: int
+    norm: int
+    compute: int
+    stream: int
+    mask: int = 2
+    adapter: int = 0
+    adapted: tuple[tuple[str, int], ...] = ()
+    trains_base: bool = False
+    autocast: bool = False
+    quantised_bits: int = 0
+    is_float16: bool = False
+    dropout: bool = False
+    attention: str = "sdpa"
+    fused: bool = False
+    fused_mlp: bool = False
+    fused_adapters: bool = False
+    on_gpu: bool = True
+    has_flash: bool = True
+    is_masked: bool = False
+    repeats_groups: bool = False
+    reentrant: bool = False
+    has_first_grad: bool = False
+    checkpointed: bool = False
+    step_factor: float | None = None
+    training: bool = True
+    is_single: bool = False
+    copies_weights: bool = True
+    flattens: bool = False
+
+
+class Linears:
+    """Builds a tape from modules; every method returns the module's output."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.tape = Tape()
+        self.ranks = dict(recipe.adapted)
+        self.folded: list[Tensor] = []
+
+    def norm(self, x: Tensor, num_elements: int, kind: str, groups: int = 1) -> Tensor:
+        """A norm of `planner.pointwise` over `groups` groups (heads) that have `num_elements` elements together."""
+        recipe = self.recipe
+        norm = Norm(
+            kind=kind,
+            num_elements=num_elements,
+            groups=groups,
+            weight_width=recipe.norm,
+            is_trained=recipe.trains_base,
+            autocast=recipe.autocast,
+            is_fused=recipe.fused,
+        )
+        return norm(self.tape, x)
+
+    def cast(self, x: Tensor, width: int, num_elements: float) -> Tensor:
+        """x.to(dtype): nothing where it has that width already."""
+        return cast(self.tape, x, width, num_elements)
+
+    def operand(self, x: Tensor, num_elements: float) -> Tensor:
+        """x as a matrix product takes it: autocast narrows it, nothing else does."""
+        return self.cast(x, self.recipe.compute, num_elements) if self.recipe.autocast else x
+
+    def residual(self, stream: Tensor, update: Tensor, hidden_size: int) -> Tensor:
+        """stream + update, in the wider of both dtypes."""
+        width = max(stream.width, update.width)
+        return self.tape.run([stream, update], per_token(width * hidden_size), width, shares_grad=True)
+
+    def linear(self, x: Tensor, matrix: Matrix, tokens_per_token: float = 1.0) -> Tensor:
+        """nn.Linear or bitsandbytes' linear, with its adapter.
+
+        `tokens_per_token` is above 1 for routed tokens. Under autocast the 16-bit copy of a float32 weight is
+        saved for the backward of its product.
+        """
+        if matrix.kind == "parameter" and matrix.path in self.ranks:
+            return self._folded_linear(x, matrix, tokens_per_token)
+        can_be_packed = matrix.kind in ("linear", "conv1d") and matrix.role != "router"
+        bits = self.recipe.quantised_bits if can_be_packed else 0
+        base = {0: self._plain_linear, 4: self._linear_4bit, 8: self._linear_8bit}[bits]
+        out = base(x, matrix, tokens_per_token)
+        if matrix.path in self.ranks:
+            out = self._adapter(x, out, matrix, tokens_per_token, is_quantised=bits > 0)
+        self.tape.hold(x)
+        return out
+
+    def _plain_linear(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
+        if matrix.kind == "parameter" and matrix.role != "router":
+            return self._grouped_product(x, matrix, share)
+        return self.product(x, matrix, share, ACTIVATIONS)
+
+    def _grouped_product(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
+        """torch's grouped product, which autocast doesn't know: in the experts' dtype (integrations/moe.py)."""
+        x = self.cast(x, self.recipe.weight, matrix.in_features * share)
+        return self._multiply(x, None, matrix, share, ACTIVATIONS)
+
+    def product(self, x: Tensor, matrix: Matrix, share: float, category: int) -> Tensor:
+        """x times a weight that isn't packed."""
+        recipe = self.recipe
+        x = self.operand(x, matrix.in_features * share)
+        copy = None
+        if recipe.copies_weights and recipe.autocast and recipe.weight != recipe.compute:
+            copy = self._narrowed(matrix.num_weights, recipe.weight, is_trained=recipe.trains_base)
+        return self._multiply(x, copy, matrix, share, category)
+
+    def _multiply(
+        self, x: Tensor, copy: Tensor | None, matrix: Matrix, share: float, category: int
+    ) -> Tensor:
+        recipe = self.recipe
+        saved = [x] if recipe.trains_base else []
+        num_trained = matrix.num_biases + (0 if copy else matrix.num_weights)
+        grad = constant(num_trained * recipe.weight) if recipe.trains_base else ZERO
+        copies = [copy] if copy else []
+        return self.tape.run(
+            [x, *copies],
+            per_token(x.width * matrix.out_features * share),
+            x.width,
+            saves=[*saved, *copies],
+            saves_weight=True,
+            weight_grad=grad,
+            category=category,
+            views_grad=True,
+        )
+
+    def _narrowed(self, num_elements: float, width: int, *, is_trained: bool) -> Tensor:
+        """Autocast's copy of a weight of `width` bytes per element: kept until its context ends if it trains."""
+        grad = constant(num_elements * width) if is_trained else ZERO
+        compute = self.recipe.compute
+        size = constant(num_elements * compute)
+        return self.tape.run([], size, compute, weight_grad=grad, category=WORKSPACE, is_cached=is_trained)
+
+    def _folded_linear(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
+        """A parameter of all experts with peft's ParamWrapper: the product takes W + scale B A, made each time.
+
+        The sum is as large as the experts, is saved for the backward, and gets a gradient of that size.
+        """
+        recipe = self.recipe
+        num_factors = self.ranks[matrix.path] * (matrix.in_features + matrix.out_features) * matrix.copies
+        factors = self.tape.run(
+            [],
+            constant(num_factors * recipe.weight),
+            recipe.weight,
+            weight_grad=constant(num_factors * recipe.adapter),
+        )
+        whole = constant(matrix.num_weights * recipe.weight)
+        weight = self.tape.run([factors], whole, recipe.weight, saves=[factors])
+        self.folded += [factors, weight]
+        x = self.cast(x, recipe.weight, matrix.in_features * share)
+        out = per_token(x.width * matrix.out_features * share)
+        return self.tape.run([x, weight], out, x.width, saves=[x, weight])
+
+    def _linear_4bit(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
+        """bitsandbytes' MatMul4Bit: saves the packed weight only, dequantises in forward and backward."""
+        recipe = self.recipe
+        asked = x.width
+        x = self.cast(x, recipe.compute, matrix.in_features * share)
+        whole = constant(recipe.compute * matrix.num_weights / matrix.copies)
+        out = per_token(recipe.compute * matrix.out_features * share)
+        result = self.tape.run([x], out, recipe.compute, temp=whole, grad_temp=whole, saves_weight=True)
+        return self.cast(result, asked, matrix.out_features * share)
+
+    def _linear_8bit(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
+        """bitsandbytes' MatMul8bitLt: rows in float16, then in 8 bits; an int32 product; dequantises in the backward.
+
+        It keeps its input where a checkpoint doesn't find it, until the whole backward is done. Columns of
+        outliers, whose number depends on the data, are left out.
+        """
+        recipe = self.recipe
+        half = per_token(2 * matrix.in_features * share)
+        is_half = recipe.is_float16 and x.width == 2
+        rows = self.tape.run([x], per_token(matrix.in_features * share), 1, temp=ZERO if is_half else half)
+        rows.needs_grad = False
+        out = per_token(x.width * matrix.out_features * share)
+        # CUDA's kernel writes float16 only (bitsandbytes' backends/cuda/ops.py).
+        product = per_token((4 if is_half else 6) * matrix.out_features * share)
+        whole = constant(x.width * matrix.num_weights / matrix.copies)
+        result = self.tape.run([x, rows], out, x.width, temp=product, grad_temp=whole, views_grad=True)
+        self.tape.keep(x)
+        return result
+
+    def _adapter(self, x: Tensor, out: Tensor, matrix: Matrix, share: float, *, is_quantised: bool) -> Tensor:
+        """out + B(A(x)) as peft's Linear does it; its 4-bit linear leaves the casts to autocast."""
+        recipe = self.recipe
+        given, asked = x, out.width
+        # torch.is_autocast_enabled(), which peft's quantised linears ask, means CUDA's autocast only.
+        leaves_casts = is_quantised and recipe.autocast and recipe.on_gpu
+        if is_quantised and recipe.quantised_bits == 4:
+            out = self.tape.run([out], out.size, out.width)
+        if not leaves_casts:
+            x = self.cast(x, recipe.adapter, matrix.in_features * share)
+        held = x
+        if recipe.dropout:
+            x = self._adapter_dropped(x)
+        rank = self.ranks[matrix.path]
+        low = self._factor(x, rank, matrix.in_features, matrix, share)
+        high = self._factor(low, matrix.out_features, rank, matrix, share)
+        high = self.tape.run([high], high.size, high.width)
+        if is_quantised and not leaves_casts:
+            high = self.cast(high, asked, matrix.out_features * share)
+        width = max(out.width, high.width)
+        total = self.tape.run(
+            [out, high], per_token(width * matrix.out_features * share), width, shares_grad=True
+        )
+        self.tape.hold(held, given)
+        is_cast = not is_quantised
+        return self.cast(total, asked, matrix.out_features * share) if is_cast else total
+
+    def _factor(self, x: Tensor, rows: float, columns: float, matrix: Matrix, share: float) -> Tensor:
+        """One of an adapter's two linears, rows x columns."""
+        recipe = self.recipe
+        num_weights = rows * columns * matrix.copies
+        x = self.operand(x, columns * share)
+        copies = []
+        if recipe.copies_weights and recipe.autocast and recipe.adapter != recipe.compute:
+            copies = [self._narrowed(num_weights, recipe.adapter, is_trained=True)]
+        return self.tape.run(
+            [x, *copies],
+            per_token(x.width * rows * share),
+            x.width,
+            saves=[x, *copies],
+            weight_grad=ZERO if copies else constant(num_weights * recipe.adapter),
+            views_grad=True,
+        )
+
+    def _adapter_dropped(self, x: Tensor) -> Tensor:
+        """A fused adapter's backward asks the copy which elements are zero, and keeps its input."""
+        if self.recipe.fused_adapters and self.recipe.training:
+            return self.tape.run([x], x.gradient, x.width, saves=[x])
+        return self.dropped(x)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Dropout: a copy, and a mask of one byte per element for the backward."""
+        if not self.recipe.training:
+            return x
+        mask = self.tape.run([], scale(x.gradient, 1 / x.width), 1)
+        mask.needs_grad = False
+        return self.tape.run([x, mask], x.gradient, x.width, saves=[mask])
+
+
+def first_input(recipe: Recipe, size: Size, tape: Tape) -> Tensor:
+    """The embeddings' output: a gradient flows into it where they train, or where checkpoints need it."""
+    return tape.input(size, recipe.stream, needs_grad=recipe.trains_base or recipe.has_first_grad)

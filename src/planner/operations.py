@@ -1,0 +1,51 @@
+"""What planner.tape records: tensors, and the operations that make and save them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.sizes import Size
+
+
+@dataclass(slots=True)
+class Tensor:
+    """One storage: its size, its dtype's width in bytes, its category, and whether a gradient flows into it.
+
+    `grad_size` is the gradient's where it isn't the tensor's own. `is_kept`: saved behind a checkpoint's back;
+    `is_cached`: by autocast, until its context ends. `base`: the tensor that it is a part of, without memory of its own.
+    """
+
+    size: Size
+    width: int
+    category: int
+    needs_grad: bool
+    last_use: int = -1
+    saved_until: int = -1
+    grad_size: Size | None = None
+    is_kept: bool = False
+    is_cached: bool = False
+    base: Tensor | None = None
+
+    @property
+    def gradient(self) -> Size:
+        """The size of its gradient."""
+        return self.size if self.grad_size is None else self.grad_size
+
+
+@dataclass(slots=True)
+class Operation:
+    """One operation of the forward. `temp` is alive only while it runs, `grad_temp` only in its backward.
+
+    `needs_saved`: its backward reads a saved tensor, be it a weight; `shares_grad`: its inputs' gradients are
+    its output's own storage; `views_grad`: they are views of what it made.
+    """
+
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    saves: tuple[Tensor, ...]
+    temp: Size
+    grad_temp: Size
+    weight_grad: Size
+    needs_saved: bool
+    shares_grad: bool
+    views_grad: bool
