@@ -6,4 +6,6 @@ finefit accuracy evidence/memory-runs.jsonl --residuals profiles/calibration/mem
 # Written aside first: a failure leaves the report that was there.
 finefit accuracy evidence/memory-runs.jsonl --markdown --worst 20 >reports/accuracy.md.new
 mv reports/accuracy.md.new reports/accuracy.md
+python benchmarks/closed_form_report.py >reports/closed-form-vs-trace.md.new
+mv reports/closed-form-vs-trace.md.new reports/closed-form-vs-trace.md
 python scripts/terminal_picture.py

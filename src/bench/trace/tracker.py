@@ -23,13 +23,6 @@ Workspace = Callable[..., list[torch.Tensor]]
 """Called with an operator's arguments: the buffers that its CUDA kernel holds while it runs."""
 
 
-_BUFFER_REFS = 4
-"""References to a tensor that autograd's buffer alone holds, seen from __torch_dispatch__: the buffer, the call's
-arguments (two) and the Python object."""
-_BUFFER_STORAGE_REFS = 2
-"""References to its storage: the tensor and the Python object that asks."""
-
-
 class Tracker(TorchDispatchMode):  # type: ignore[misc]
     """Inside `with tracker:`, every operator's new storages are recorded; their end is noted when they die.
 
@@ -55,6 +48,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         self.max_ops: int | None = None
         self.step = 0
         self.current_phase = ""
+        self.is_paused = False
         self._live: dict[int, Storage] = {}
         self._flags: set[int] = set()
         self._modules: list[str] = []
@@ -76,6 +70,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and register what it made."""
         kwargs = kwargs or {}
+        if self.is_paused:
+            return func(*args, **kwargs)
         if func is _DEVICE:
             return args[0].fake_device
         if not self.has_values and func is aten._local_scalar_dense.default:
@@ -86,8 +82,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         if func is aten.add.Tensor and len(args) == 2 and _is_spare_gradient(args[0], sys._getframe(1)):
             func = aten.add_.Tensor
         held = self._hold_workspace(func, args, kwargs)
-        if func is aten.add.Tensor and self._accumulates_in_place(*args):
-            func = aten.add_.Tensor
         out = func(*args, **kwargs)
         self._count_op()
         name = func._schema.name.partition("::")[2]
@@ -112,19 +106,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             return self.answer
         number = 0 if tensor.untyped_storage()._cdata in self._flags else 1
         return float(number) if tensor.dtype.is_floating_point else number
-
-    def _accumulates_in_place(self, first: Any, second: Any) -> bool:
-        """Whether autograd, adding a second gradient to the first, would reuse the first one's memory.
-
-        It does for a plain tensor that nothing else holds and that is no view, never for a subclass, as fake
-        tensors are (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace).
-        """
-        if self.current_phase != "backward" or torch.is_grad_enabled() or self._modules:
-            return False
-        if not isinstance(second, torch.Tensor) or first.shape != second.shape or first.dtype != second.dtype:
-            return False
-        storage_refs = torch._C._storage_Use_Count(first.untyped_storage()._cdata)
-        return bool(first._use_count() == _BUFFER_REFS and storage_refs == _BUFFER_STORAGE_REFS)
 
     def _hold_workspace(self, func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
         workspace = self.workspaces.get(func._schema.name)
