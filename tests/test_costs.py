@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.cli import run
+from planner.card_prices import price_range
 from planner.catalog import find_gpu, gpus
 from planner.cost import (
     CloudPrices,
@@ -28,9 +29,10 @@ from planner.cost import (
     wall_time,
 )
 from planner.cost_options import parse_by_card, parse_money, parse_rates, parse_span
-from planner.costs import CostTable, CostWishes, card_range, costs
+from planner.costs import CostTable, CostWishes, box_power, cloud_terms, costs
 from planner.errors import UnknownNameError, UsageError
-from planner.estimate import resolve
+from planner.estimate import estimate, resolve
+from planner.index import raw_profiles
 from planner.money import SHOWN_CURRENCIES, Money, Rates, shipped_rates
 from planner.offers import Offer, parse_offer, parse_offers
 from planner.price_book import PriceBook, best_offers, shipped_book, with_rows
@@ -39,7 +41,8 @@ from planner.price_dates import describe_date, first_day, is_old
 from planner.run_length import length_by_plan, length_by_rows, length_by_tokens
 from planner.setup import TrainSetup
 from planner.specs import Machine
-from planner.tariffs import WORLD, tariff
+from planner.tariffs import QUALITIES as TARIFF_QUALITIES
+from planner.tariffs import SECTORS, WORLD, tariff
 from planner.units import HOUR_S
 
 TODAY = datetime.date(2026, 11, 22)
@@ -413,11 +416,72 @@ def test_break_even_ranges_are_ordered(loss: Span, rent: Span, power: Span) -> N
     assert found is None or found[1] is None or 0 <= found[0] <= found[1]
 
 
-def test_conflicting_card_prices_become_a_range() -> None:
-    found = card_range(find_gpu("rtx-5090"), "USD")
+@pytest.mark.parametrize(
+    ("gpu", "currency", "kind", "low", "high"),
+    [
+        # two pages of 2026 contradict each other: 2,100-2,400 and 3,500-4,000
+        ("rtx-5090", "USD", "street", 2100, 4000),
+        # used in 2026 is newer than the list price of 2022 and a shop's price of 2023
+        ("rtx-4090", "USD", "used", 1200, 1500),
+        ("rtx-3090", "USD", "used", 500, 1000),
+    ],
+)
+def test_a_card_costs_what_the_newest_kind_of_price_says(
+    gpu: str, currency: str, kind: str, low: float, high: float
+) -> None:
+    found = price_range(find_gpu(gpu), currency)
     assert found is not None
-    # street prices of 2026: 2,100-2,400 by one page, 3,500-4,000 by another
-    assert (found.low, found.high) == (2100, 4000)
+    assert (found.kind, found.low, found.high) == (kind, low, high)
+    assert found.source
+
+
+def test_an_owned_card_has_no_price_and_no_break_even() -> None:
+    wishes = CostWishes(is_owned=True, tariff=tariff("DE", RATES, "USD"), seconds={"any": HOUR_S})
+    found = table(book({}), wishes)
+    assert found.own.loss is None
+    assert found.own.electricity is not None
+    assert found.rows[0].break_even is None
+
+
+def test_power_at_the_wall_by_hand() -> None:
+    # (2 x 450 + 100..150) W / 0.94..0.90
+    two = box_power(Machine(gpu=find_gpu("rtx-4090"), num_gpus=2))
+    assert two is not None
+    assert (two.low, two.high) == pytest.approx((1000 / 0.94, 1050 / 0.90))
+    # two boxes have two rests
+    boxes = box_power(Machine(gpu=find_gpu("rtx-4090"), num_gpus=2), 2)
+    assert boxes is not None
+    assert boxes.low == pytest.approx(1100 / 0.94)
+
+
+def test_what_goes_home_is_what_was_trained() -> None:
+    setup = TrainSetup(model=MODEL, method="full", weights_dtype="bfloat16", max_steps=1)
+    model = resolve(setup)
+    here = estimate(setup, Machine(gpu=find_gpu("rtx-4090")), model)
+    needs = cloud_terms(here, model, CostWishes())
+    assert needs.egress_bytes == needs.download_bytes == 2 * model.num_params
+    assert needs.disk_bytes > needs.egress_bytes
+
+
+@pytest.mark.parametrize(
+    "row", raw_profiles("prices")["electricity"]["tariffs"], ids=lambda row: row["country"]
+)
+def test_a_tariff_row_is_whole(row: dict[str, Any]) -> None:
+    assert row["price_per_kwh"] > 0
+    assert row["quality"] in TARIFF_QUALITIES
+    assert row["sector"] in SECTORS
+    assert row["source"].strip()
+    assert "as_of" not in row or first_day(row["as_of"])
+    assert "as_of" in row or row["quality"] != "ok"
+
+
+def test_a_cloud_s_prices_are_whole_and_ordered() -> None:
+    for cloud in raw_profiles("prices")["clouds"]["clouds"].values():
+        assert cloud["disk_usd_per_gb_month"] > 0
+        ends = [end or float("inf") for end, _ in cloud["egress"]]
+        assert ends == sorted(ends)
+        assert ends[-1] == float("inf")
+        assert all(first_day(cloud[key]) for key in ("disk_as_of", "egress_as_of"))
 
 
 # ------------------------------------------------------------- the run's length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.index import raw_profiles
@@ -51,6 +51,21 @@ def card_prices(gpu: GpuProfile, currency: str | None = None) -> tuple[CardPrice
 def card_price(gpu: GpuProfile, currency: str = "USD") -> CardPrice | None:
     """The price to put cards in order by: the best that doesn't conflict with another; None when unknown."""
     return next((price for price in card_prices(gpu, currency) if price.quality != "conflict"), None)
+
+
+def price_range(gpu: GpuProfile, currency: str = "USD") -> CardPrice | None:
+    """What a card costs now: of the newest trustworthy price's kind all prices, contradicting ones too, as a range.
+
+    Where only old or recalled prices are known, those of the best one's kind. None when unknown.
+    """
+    known = card_prices(gpu, currency)
+    if not known:
+        return None
+    trusted = [price for price in known if price.quality in ("ok", "conflict")]
+    newest = max(trusted, key=lambda price: _age_rank(price.as_of)) if trusted else known[0]
+    same = [price for price in trusted or known if price.kind == newest.kind]
+    sources = "; ".join(dict.fromkeys(price.source for price in same))
+    return replace(newest, low=min(p.low for p in same), high=max(p.high for p in same), source=sources)
 
 
 def cheapest_first(gpu: GpuProfile, currency: str = "USD") -> tuple[bool, float, str]:

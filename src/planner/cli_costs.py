@@ -28,7 +28,9 @@ YEARS_OF_USE = 3.0
 def _money_options(function: Any) -> Any:
     """The options about the own machine and its surroundings."""
     options = (
-        click.option("--currency", default="USD", show_default=True, help="Of all amounts: USD, CNY or EUR."),
+        click.option(
+            "--currency", metavar="USD|CNY|EUR", default="USD", show_default=True, help="Of all amounts."
+        ),
         click.option("--country", metavar="CC", help="Where the own machine stands, as DE, CN or US-CA."),
         click.option("--business", is_flag=True, help="Take the country's tariff for businesses."),
         click.option("--tariff", metavar="AMOUNT", help="Price of a kWh, as in 0.30EUR."),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from planner.card_prices import card_prices
+from planner.card_prices import CardPrice, price_range
 from planner.catalog import gpu_profile
 from planner.cost import (
     CloudTerms,
@@ -21,6 +21,7 @@ from planner.cost import (
 )
 from planner.errors import NotModelledError, SetupError, UnknownNameError
 from planner.estimate import estimate
+from planner.inventory import take_inventory
 from planner.money import Money, Rates
 from planner.offers import Offer
 from planner.price_book import PriceBook, best_offers
@@ -102,13 +103,16 @@ class CostRow:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostTable:
     """A plan's costs. `own_verdict` is that of the plan's own card; `too_small` and `refused` (with the reason)
-    are cards that offers exist for and that can't run it; `faults` are price rows that were left out.
+    are cards that offers exist for and that can't run it; `card` is the own card's price where the user names none;
+    `faults` are price rows that were left out.
     """
 
     estimate: Estimate
     length: RunLength | None
     own: OwnCost
     own_terms: OwnTerms
+    card: CardPrice | None
+    is_owned: bool
     rows: tuple[CostRow, ...]
     too_small: tuple[str, ...]
     refused: Mapping[str, str]
@@ -127,6 +131,7 @@ class CostTable:
             "steps": None if length is None else [length.low_steps, length.high_steps],
             "steps_source": None if length is None else length.source,
             "own": self.own.to_json(),
+            "card": None if self.card is None else asdict(self.card),
             "offers": [row.to_json() for row in self.rows],
             "too_small": list(self.too_small),
             "refused": dict(self.refused),
@@ -157,7 +162,9 @@ def costs(
     here = estimate(setup, machine, model)
     cards = _Cards(setup, model, length, wishes)
     can_run = here.fit.verdict != "does-not-fit"
-    terms = own_terms(machine, wishes)
+    is_known = wishes.purchase is not None or wishes.is_owned
+    card = None if is_known else card_price_range(machine.gpu, wishes.currency)
+    terms = own_terms(machine, wishes, card, setup.num_nodes)
     own = own_cost(terms, cards.run_s(machine.gpu, here) if can_run else None, rates, wishes.currency)
     rows, faults = _rows(cards, cloud_terms(here, model, wishes), book, rates, today)
     if can_run:
@@ -167,6 +174,8 @@ def costs(
         length=length,
         own=own,
         own_terms=terms,
+        card=card,
+        is_owned=wishes.is_owned,
         rows=tuple(sorted(rows, key=_cheapest_first)),
         too_small=tuple(cards.too_small),
         refused=cards.refused,
@@ -265,24 +274,26 @@ def cloud_terms(here: Estimate, model: ModelSpec, wishes: CostWishes) -> CloudTe
     them, and what was trained goes home.
     """
     weights = 0 if here.setup.from_scratch else 2 * model.num_params
+    trained = take_inventory(here.setup, model).gradients_bytes
     return CloudTerms(
         setup_s=wishes.setup_s,
         download_bytes=weights,
         download_bytes_per_s=wishes.download_bytes_per_s,
         disk_bytes=weights + here.memory.disk_bytes,
-        egress_bytes=here.memory.disk_bytes,
+        egress_bytes=trained,
         interruptions_per_s=wishes.interruptions_per_s,
         checkpoint_s=wishes.checkpoint_s,
     )
 
 
-def own_terms(machine: Machine, wishes: CostWishes) -> OwnTerms:
-    """The own machine's power and price, the user's word before the profile's."""
+def own_terms(machine: Machine, wishes: CostWishes, card: CardPrice | None, num_nodes: int = 1) -> OwnTerms:
+    """The own machine's power and price, the user's word before what is known of it."""
     count = machine.num_gpus
-    known = wishes.purchase or card_range(machine.gpu, wishes.currency)
-    purchase = None if wishes.is_owned else known
+    purchase = wishes.purchase
+    if purchase is None and card is not None:
+        purchase = Money(low=card.low, high=card.high, currency=card.currency)
     return OwnTerms(
-        box_w=wishes.box_w or box_power(machine),
+        box_w=wishes.box_w or box_power(machine, num_nodes),
         per_kwh=None if wishes.tariff is None else wishes.tariff.per_kwh,
         purchase=None if purchase is None else purchase.times(count),
         resale=None if wishes.resale is None else wishes.resale.times(count),
@@ -290,30 +301,21 @@ def own_terms(machine: Machine, wishes: CostWishes) -> OwnTerms:
     )
 
 
-def box_power(machine: Machine) -> Span | None:
-    """Watts at the wall with each card at its limit; None where that isn't known."""
+def box_power(machine: Machine, num_nodes: int = 1) -> Span | None:
+    """Watts at the wall of all boxes with each card at its limit; None where that isn't known."""
     if machine.gpu.tdp_w is None:
         return None
     cards = machine.num_gpus * machine.gpu.tdp_w
-    rest = next(span for most, span in REST_OF_BOX_W if machine.num_gpus <= most)
+    rest = next(span for most, span in REST_OF_BOX_W if machine.num_gpus <= most * num_nodes)
     return Span(
-        low=(cards + rest.low) / SUPPLY_EFFICIENCY.high, high=(cards + rest.high) / SUPPLY_EFFICIENCY.low
+        low=(cards + num_nodes * rest.low) / SUPPLY_EFFICIENCY.high,
+        high=(cards + num_nodes * rest.high) / SUPPLY_EFFICIENCY.low,
     )
 
 
-_KINDS = ("street", "list", "used", "indicative")
-"""Of card prices: what a new card costs now before what it cost at launch or costs used."""
-
-
-def card_range(gpu: GpuProfile, currency: str) -> Money | None:
-    """What a card costs to buy: all prices of the best kind as one range; None where nobody knows."""
-    quote = "CNY" if currency == "CNY" and card_prices(gpu, "CNY") else "USD"
-    prices = card_prices(gpu, quote)
-    kind = next((kind for kind in _KINDS if any(price.kind == kind for price in prices)), None)
-    if kind is None:
-        return None
-    chosen = [price for price in prices if price.kind == kind]
-    return Money(low=min(p.low for p in chosen), high=max(p.high for p in chosen), currency=quote)
+def card_price_range(gpu: GpuProfile, currency: str) -> CardPrice | None:
+    """What a card costs to buy, in CNY where that is asked for and known, else in USD; None where nobody knows."""
+    return (price_range(gpu, "CNY") if currency == "CNY" else None) or price_range(gpu, "USD")
 
 
 def _row(offer: Offer, found: Estimate, run_s: Span | None, cost: RentCost, today: datetime.date) -> CostRow:
@@ -352,6 +354,7 @@ def _cheapest_first(row: CostRow) -> tuple[int, bool, float, str, str]:
 
 
 def _assumptions(wishes: CostWishes, terms: OwnTerms) -> Iterator[str]:
+    yield "every step takes as long as a full batch; evaluations and saving aren't counted"
     yield (
         f"setting up a rented machine: {_minutes(wishes.setup_s)} min; download of the model: "
         f"{wishes.download_bytes_per_s.low / 1e6:g} to {wishes.download_bytes_per_s.high / 1e6:g} MB/s"

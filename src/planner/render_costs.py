@@ -39,12 +39,8 @@ def _own_facts(table: CostTable) -> list[tuple[str, str]]:
     facts = [("steps", _describe_length(table)), (card, describe_fit(table.estimate.fit))]
     if table.estimate.fit.verdict == "does-not-fit":
         return facts
-    return [
-        *facts,
-        ("time", _describe_time(own.run_s)),
-        ("already owned", _describe_electricity(table)),
-        ("bought for it", _describe_bought(table)),
-    ]
+    facts += [("time", _describe_time(own.run_s)), ("already owned", _describe_electricity(table))]
+    return facts if table.is_owned else [*facts, ("bought for it", _describe_bought(table))]
 
 
 def _describe_length(table: CostTable) -> str:
@@ -77,11 +73,20 @@ def _describe_bought(table: CostTable) -> str:
     own = table.own
     if own.loss is None:
         return "unknown: give --card-price"
-    loss = f"loses {format_money(own.loss)}" if table.own_terms.resale else f"costs {format_money(own.loss)}"
+    loss = f"{'loses' if table.own_terms.resale else 'costs'} {format_money(own.loss)}{_card_note(table)}"
     if own.wear_hourly is None:
         return f"{loss}; its share of the run is unknown: give --hours-per-year (and --years, --resale)"
     total = format_money(own.total_bought) if own.total_bought else "unknown"
     return f"{total} with {format_money(own.wear_hourly)} an hour of wear ({loss})"
+
+
+def _card_note(table: CostTable) -> str:
+    """Kind and date of the card's price where it isn't the user's."""
+    card = table.card
+    if card is None:
+        return ""
+    doubt = f", {card.quality}" if card.quality != "ok" else ""
+    return f", {card.kind} {describe_date(card.as_of, table.today)}{doubt}"
 
 
 def format_money(money: Money) -> str:
@@ -106,7 +111,7 @@ def _columns(rows: Sequence[CostRow], table: CostTable, sources: list[str]) -> l
 
     return [
         column("offer", lambda r: r.offer.provider),
-        column("machine", _machine),
+        column("machine", lambda r: _machine(r, table)),
         column(f"{table.currency}/h", lambda r: format_money(r.cost.hourly), number=True),
         column("total", _total, number=True),
         column("break-even h", _break_even, number=True, drop=1),
@@ -116,9 +121,13 @@ def _columns(rows: Sequence[CostRow], table: CostTable, sources: list[str]) -> l
     ]
 
 
-def _machine(row: CostRow) -> str:
+def _machine(row: CostRow, table: CostTable) -> str:
+    """The instance's cards, with how many of them the plan uses where it isn't all."""
+    setup, count = table.estimate.setup, row.offer.num_gpus
+    used = setup.num_gpus // setup.num_nodes
+    cards = f"{count} x {row.offer.gpu}" if used == count else f"{used} of {count} x {row.offer.gpu}"
     marks = ["spot"] * row.offer.is_spot + ["tight"] * (row.verdict == "tight")
-    return ", ".join([f"{row.offer.num_gpus} x {row.offer.gpu}", *marks])
+    return ", ".join([cards, *marks])
 
 
 def _total(row: CostRow) -> str:
@@ -153,17 +162,7 @@ def _by_reason(table: CostTable) -> dict[str, list[str]]:
 
 
 def _notes(table: CostTable, rows: Sequence[CostRow], sources: Sequence[str]) -> Iterator[str]:
-    if not table.rows:
-        yield "No offer that finefit knows can run it."
-    if len(rows) < len(table.rows):
-        yield f"{len(table.rows) - len(rows)} more offers (--all); dated prices come before old and undated ones"
-    if any(row.cost.unknown and row.cost.total for row in rows):
-        missing = dict.fromkeys(part for row in rows if row.cost.total for part in row.cost.unknown)
-        yield f"+ the price of {', '.join(missing)} is unknown and comes on top"
-    if any(row.cost.total is None for row in rows):
-        yield "Total unknown: no time is known for that card; give --hours GPU=H or --tokens-per-second GPU=X"
-    if any(row.break_even for row in rows):
-        yield "Break-even: hours of work on the own card after which buying it was cheaper than renting"
+    yield from _row_notes(table, rows)
     if table.too_small:
         yield f"Too small: {', '.join(table.too_small)}"
     for reason, names in _by_reason(table).items():
@@ -171,6 +170,31 @@ def _notes(table: CostTable, rows: Sequence[CostRow], sources: Sequence[str]) ->
     if table.faults:
         yield f"{len(table.faults)} price rows left out (--json lists them): {table.faults[0]}"
     yield "Assumed: " + "; ".join(table.assumptions)
-    yield f"Exchange rates of {table.rates.as_of}: {table.rates.source}. Price isn't availability"
+    yield from _source_notes(table, sources)
+
+
+def _row_notes(table: CostTable, rows: Sequence[CostRow]) -> Iterator[str]:
+    """What the table of offers means and doesn't show."""
+    if not table.rows:
+        yield "No offer that finefit knows can run it."
+    if len(rows) < len(table.rows):
+        yield f"{len(table.rows) - len(rows)} more offers (--all); dated prices come before old and undated ones"
+    missing = dict.fromkeys(part for row in rows if row.cost.total for part in row.cost.unknown)
+    if missing:
+        yield f"+ the price of {', '.join(missing)} is unknown and comes on top"
+    if any(row.cost.total is None for row in rows):
+        yield "Total unknown: no time is known for that card; give --hours GPU=H or --tokens-per-second GPU=X"
+    if any(row.break_even for row in rows):
+        yield "Break-even: hours of work on the own card after which buying it was cheaper than renting"
+
+
+def _source_notes(table: CostTable, sources: Sequence[str]) -> Iterator[str]:
+    if table.card is not None:
+        yield f"Card: {table.card.source}"
+    if table.tariff is not None:
+        yield f"Electricity: {table.tariff.source}"
+    yield f"Exchange rates of {describe_date(table.rates.as_of, table.today)}: {table.rates.source}"
+    if sources:
+        yield "Offers, whose price is no promise that one is free:"
     for number, source in enumerate(sources, 1):
         yield f"[{number}] {source}"
