@@ -70,7 +70,7 @@ LAYERS = (
         "money",
         "run_length",
     ),
-    ("hf_config", "layers", "offers", "tariffs", "user_prices", "price_sources"),
+    ("hf_config", "layers", "offers", "tariffs", "user_prices", "price_sources", "price_snapshot"),
     ("resolve", "inventory", "price_checks", "cost"),
     ("exchange", "price_book"),
     ("lowering", "price_refresh"),

@@ -18,7 +18,8 @@ from bench.cli import run
 from planner.errors import FinefitError, UsageError
 from planner.files import user_data_folder
 from planner.offers import Offer, parse_offers
-from planner.price_refresh import fetcher, refresh, snapshot_folder, snapshot_rows
+from planner.price_refresh import fetcher, refresh
+from planner.price_snapshot import snapshot_folder, snapshot_rows
 from planner.price_sources import SOURCES, card_name, single_card
 from planner.prices import known_prices
 from planner.user_prices import default_price_file, parse_user_prices

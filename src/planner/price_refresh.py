@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from planner.errors import FinefitError, UsageError
-from planner.files import user_data_folder, write_atomically
+from planner.files import write_atomically
 from planner.offers import Offer, parse_offers
 from planner.price_book import best_offers
 from planner.price_checks import check_offers
-from planner.price_sources import MAX_CATALOGUE_BYTES, Fetch, Source
+from planner.price_snapshot import parsed_rows, snapshot_folder
+from planner.price_sources import MAX_CATALOGUE_BYTES, PROVIDER_NAMES, Fetch, Source
 
 TIMEOUT_S = 30.0
 _SCHEMES = ("http", "https", "file")
@@ -35,22 +36,6 @@ class Refreshed:
     num_left_out: int
     left_out: tuple[str, ...]
     kept: str | None
-
-
-def snapshot_folder() -> Path:
-    """Where refreshed snapshots lie; needn't exist."""
-    return user_data_folder() / "prices"
-
-
-def snapshot_rows(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All rows of all snapshots, each with its place. Raises FinefitError when a file can't be read."""
-    for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(_lines(path), 1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = {}
-            yield f"{path}:{number}", row if isinstance(row, dict) else {}
 
 
 def refresh(
@@ -86,7 +71,7 @@ def refresh(
         )
     kept = _old_rows(path, set(fresh))
     rows = [row for found in fresh.values() for row in found] + kept
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return Refreshed(
         source=source.name,
         path=path,
@@ -183,32 +168,11 @@ def _limited(data: bytes, name: str) -> bytes:
 def _old_state(path: Path) -> str:
     if not path.exists():
         return "the prices that came with finefit stay in use"
-    dates = sorted({str(row.get("as_of", "undated")) for row in _parsed(path)})
+    dates = sorted({str(row.get("as_of", "undated")) for row in parsed_rows(path)})
     return f"the snapshot in {path} stays as it is (prices of {', '.join(dates[-3:]) or 'no day'})"
 
 
 def _old_rows(path: Path, providers: set[str]) -> list[dict[str, Any]]:
     """Rows of the old snapshot that no provider replaces."""
-    from planner.price_sources import PROVIDER_NAMES
-
     replaced = {PROVIDER_NAMES.get(name, name) for name in providers}
-    return [row for row in _parsed(path) if row.get("provider") not in replaced] if path.exists() else []
-
-
-def _parsed(path: Path) -> list[dict[str, Any]]:
-    """The rows that can be read; a broken line is not worth keeping."""
-    rows = []
-    for line in _lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows += [row] if isinstance(row, dict) else []
-    return rows
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text("utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise FinefitError(f"can't read {path}: {error.strerror or error}") from error
+    return [row for row in parsed_rows(path) if row.get("provider") not in replaced] if path.exists() else []

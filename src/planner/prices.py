@@ -12,7 +12,7 @@ from planner.money import Rates, shipped_rates
 from planner.offers import Offer
 from planner.price_book import PriceBook, shipped_book, with_rows
 from planner.price_dates import age_days
-from planner.price_refresh import snapshot_folder, snapshot_rows
+from planner.price_snapshot import snapshot_folder, snapshot_rows
 from planner.user_prices import default_price_file, read_user_prices
 
 
