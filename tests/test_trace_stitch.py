@@ -185,3 +185,15 @@ def test_stitched_and_traced_at_all_layers_are_the_same_run(name: str) -> None:
     }
     assert shallow.largest == whole.largest
     assert (shallow.operator, shallow.module) == (whole.operator, whole.module)
+
+
+@pytest.mark.train
+@pytest.mark.slow
+def test_what_a_sharded_step_learns_once_in_a_process_is_no_memory() -> None:
+    from bench.trace.run import trace
+    from planner.setup import TrainSetup
+
+    model = {**DENSE, "num_hidden_layers": 2}
+    setup = TrainSetup(model=model, method="full", seq_len=32, num_gpus=2, sharding="fsdp")
+    first, second = trace(setup, all_layers=True), trace(setup, all_layers=True)
+    same_run(first.timeline, second.timeline)
