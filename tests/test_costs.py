@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.cli import run
 from planner.card_prices import price_range
 from planner.catalog import find_gpu, gpus
+from planner.cli_options import Session
 from planner.cost import (
     CloudPrices,
     CloudTerms,
@@ -38,7 +39,10 @@ from planner.offers import Offer, parse_offer, parse_offers
 from planner.price_book import PriceBook, best_offers, shipped_book, with_rows
 from planner.price_checks import check_offers
 from planner.price_dates import describe_date, first_day, is_old
+from planner.render import display_width
+from planner.render_costs import format_costs
 from planner.run_length import length_by_plan, length_by_rows, length_by_tokens
+from planner.search import DataLengths
 from planner.setup import TrainSetup
 from planner.specs import Machine
 from planner.tariffs import QUALITIES as TARIFF_QUALITIES
@@ -80,6 +84,7 @@ amounts = st.floats(0, 1e9)
 currencies = st.sampled_from(sorted(shipped_rates().per_eur))
 
 
+@settings(deadline=None)
 @given(amounts, amounts, currencies, currencies)
 def test_money_survives_a_round_trip_through_another_currency(
     a: float, b: float, home: str, away: str
@@ -339,6 +344,7 @@ positive = st.floats(1.0, 1e6)
 spans = st.tuples(positive, positive).map(lambda pair: Span(low=min(pair), high=max(pair)))
 
 
+@settings(deadline=None)
 @given(spans, st.floats(1.0, 10.0), st.booleans(), spans)
 def test_a_longer_run_never_costs_less(run_s: Span, factor: float, spot: bool, setup_s: Span) -> None:
     needs = terms(setup_s=setup_s, interruptions_per_s=Span(low=0.0, high=1e-7), checkpoint_s=600)
@@ -355,6 +361,7 @@ def test_a_longer_run_never_costs_less(run_s: Span, factor: float, spot: bool, s
     assert total(longer).high >= total(run_s).high * (1 - 1e-9)
 
 
+@settings(deadline=None)
 @given(
     st.none() | spans,
     st.none() | st.just(((0, 0.1),)),
@@ -410,6 +417,7 @@ def test_buying_never_pays_where_renting_costs_less_than_the_electricity() -> No
     assert break_even_hours(usd(1000), usd(0.10, 0.30), usd(0.20)) == (pytest.approx(10_000), None)
 
 
+@settings(deadline=None)
 @given(spans, spans, spans)
 def test_break_even_ranges_are_ordered(loss: Span, rent: Span, power: Span) -> None:
     found = break_even_hours(usd(loss.low, loss.high), usd(rent.low, rent.high), usd(power.low, power.high))
@@ -628,8 +636,8 @@ def finefit(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "140")
 
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = run(arguments)
+    def call(*arguments: str, session: Session | None = None) -> tuple[int, str, str]:
+        code = run(arguments, session)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -657,12 +665,41 @@ def test_the_table_shows_dates_sources_and_what_is_unknown(finefit: Run) -> None
         assert words in out
 
 
+@pytest.mark.parametrize("width", [72, 100, 140])
+@pytest.mark.parametrize("show_all", [True, False])
+def test_no_line_is_wider_than_the_terminal(width: int, show_all: bool) -> None:
+    wishes = CostWishes(tariff=tariff("DE", RATES, "USD"), seconds={"RTX 4090": HOUR_S}, hours=1500)
+    text = format_costs(table(shipped_book(), wishes), width, show_all=show_all)
+    assert max(map(display_width, text.splitlines())) <= width
+
+
 def test_the_steps_come_from_the_data(finefit: Run) -> None:
     Path("rows.jsonl").write_text('{"text": "a row"}\n' * 100)
     _, out, _ = finefit(
         "costs", MODEL, "--gpu", "rtx-4090", "--data", "rows.jsonl", "--objective", "pretrain", "--json"
     )
     assert json.loads(out)["cost"]["steps"] == [95, 95]
+
+
+def test_packed_rows_are_between_perfect_packing_and_none(finefit: Run) -> None:
+    Path("rows.jsonl").write_text('{"text": "a row"}\n' * 100)
+    lengths = DataLengths(num_rows=100, mean=512, p50=512, p99=512, longest=512, source="a test")
+    session = Session(token_lengths=lambda fields: (lengths, None))
+    words = (
+        "costs",
+        MODEL,
+        "--gpu",
+        "rtx-4090",
+        "--data",
+        "rows.jsonl",
+        "--packing",
+        "--seq-len",
+        "2048",
+        "--json",
+    )
+    # 95 rows of a quarter of a sequence: 24 sequences at best
+    assert json.loads(finefit(*words, session=session)[1])["cost"]["steps"] == [24, 95]
+    assert json.loads(finefit(*words, session=Session())[1])["cost"]["steps"] == [1, 95]
 
 
 @pytest.mark.parametrize(

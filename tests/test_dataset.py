@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner.dataset import Message, content_sha256, dataset_facts, iter_rows, nearest_rank, read_rows
+from planner.dataset_files import count_records
 from planner.dataset_formats import FORMATS
 from planner.errors import DataError
 
@@ -215,6 +216,27 @@ def test_facts(tmp_path: Path) -> None:
     assert (facts.total_chars, facts.answer_chars) == (109, 101)
     assert (facts.p50_chars, facts.p90_chars, facts.max_chars) == (4, 98, 98)
     assert facts.sha256 == content_sha256(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"text": "a"}\n\n  \n{"text": "b"}'),
+        ("a.json", '[{"text": "a"}, {"text": "b"}]'),
+        ("a.csv", "text\na\nb\n"),
+    ],
+)
+def test_records_are_counted_as_they_are_read(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    assert count_records(path) == len(read_rows(path)) == 2
+    assert count_records(tmp_path) == 2
+
+
+def test_counting_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="empty"):
+        count_records(tmp_path / "a.jsonl")
 
 
 def test_the_hash_sees_names_borders_and_bytes(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from planner.setup import TrainSetup
 
 YEARS_OF_USE = 3.0
+MOST_FAULTS_SHOWN = 10
+"""Of the user's own price rows; --json has them all."""
 
 
 def _money_options(function: Any) -> Any:
@@ -132,6 +134,8 @@ def costs_command(
         length=_length(session, setup, options["tokens"]),
         today=today,
     )
+    for fault in known.new_faults[:MOST_FAULTS_SHOWN]:
+        click.echo(f"left out: {fault}", err=True)
     if as_json:
         click.echo(format_json(table.to_json()))
         return
@@ -151,6 +155,8 @@ def _length(session: Session, setup: TrainSetup, num_tokens: float | None) -> Ru
         lengths, _ = session.token_lengths(setup.to_dict())
         if lengths is not None:
             return length_by_rows(setup, lengths.num_rows, lengths.mean)
-    from planner.dataset import iter_rows
+    from pathlib import Path
 
-    return length_by_rows(setup, sum(1 for _ in iter_rows(setup.data)))
+    from planner.dataset_files import count_records
+
+    return length_by_rows(setup, count_records(Path(setup.data)))

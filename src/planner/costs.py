@@ -179,7 +179,7 @@ def costs(
         rows=tuple(sorted(rows, key=_cheapest_first)),
         too_small=tuple(cards.too_small),
         refused=cards.refused,
-        faults=(*book.faults, *faults),
+        faults=(*faults, *book.faults),
         currency=wishes.currency,
         rates=rates,
         tariff=wishes.tariff,

@@ -18,11 +18,14 @@ from planner.user_prices import default_price_file, read_user_prices
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnownPrices:
-    """All offers in one book, the rates, and how many offers each origin has."""
+    """All offers in one book, the rates, and how many offers each origin has; `new_faults` are those of the book's
+    that finefit's own snapshot doesn't have.
+    """
 
     book: PriceBook
     rates: Rates
     origins: tuple[Origin, ...]
+    new_faults: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,12 +61,14 @@ def known_prices(files: Iterable[str], today: datetime.date) -> KnownPrices:
     Raises UsageError and FinefitError for a user's file that can't be read; single broken rows are in `book.faults`.
     """
     book, rates = shipped_book(), shipped_rates()
-    origins = [Origin.of("finefit", book.offers, today)]
+    origins, num_known_faults = [Origin.of("finefit", book.offers, today)], len(book.faults)
     for name, rows, change in _more(files):
         larger = with_rows(book, rows)
         origins.append(Origin.of(name, larger.offers[len(book.offers) :], today))
         book, rates = larger, change(rates)
-    return KnownPrices(book=book, rates=rates, origins=tuple(origins))
+    return KnownPrices(
+        book=book, rates=rates, origins=tuple(origins), new_faults=book.faults[num_known_faults:]
+    )
 
 
 def _more(files: Iterable[str]) -> Iterable[tuple[str, Any, Any]]:
