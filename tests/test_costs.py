@@ -272,6 +272,16 @@ def test_doubtful_tariffs_become_a_range() -> None:
     assert found.per_kwh.low < found.per_kwh.high
 
 
+@pytest.mark.parametrize(
+    "row", raw_profiles("prices")["electricity"]["tariffs"], ids=lambda row: row["country"]
+)
+def test_every_country_is_found_in_any_case(row: dict[str, Any]) -> None:
+    if row["currency"] in shipped_rates().per_eur:
+        found = tariff(row["country"].swapcase(), shipped_rates(), "EUR", row["sector"])
+        assert found.country == row["country"]
+        assert 0 < found.per_kwh.low <= found.per_kwh.high < 1
+
+
 def test_an_unknown_country_names_the_nearest() -> None:
     with pytest.raises(UnknownNameError):
         tariff("DEE", RATES, "USD")

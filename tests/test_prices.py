@@ -244,6 +244,17 @@ def test_own_offers_are_used_in_their_own_currency() -> None:
     assert known.rates.per_eur["TWD"] == pytest.approx(32 * known.rates.per_eur["USD"])
 
 
+def test_the_manual_s_price_file_is_valid() -> None:
+    manual = Path(__file__).parents[1] / "docs" / "prices.md"
+    if not manual.is_file():
+        pytest.skip("needs the source tree")
+    block = manual.read_text("utf-8").partition("```yaml\n")[2].partition("```")[0]
+    found = parse_user_prices(block, "prices.md")
+    offers, faults = parse_offers(found.rows)
+    assert (len(offers), faults) == (1, ())
+    assert found.rates
+
+
 def test_a_broken_row_of_ones_own_is_named_with_file_and_line_and_the_rest_is_used(tmp_path: Path) -> None:
     path = write_mine(MINE.replace("price: [3.0, 3.5]", "price: -3"), tmp_path / "mine.yaml")
     known = known_prices([str(path)], TODAY)

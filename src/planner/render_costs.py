@@ -14,6 +14,7 @@ from planner.units import format_duration
 
 SHOWN = 12
 """Offers shown without --all."""
+_BREAK_EVEN = "break-even h"
 _TIERS = {2: "the host is billed on top", 3: "doubtful"}
 
 
@@ -109,16 +110,18 @@ def _columns(rows: Sequence[CostRow], table: CostTable, sources: list[str]) -> l
     def column(title: str, show: Callable[[CostRow], str], *, number: bool = False, drop: int = 0) -> Column:
         return Column(title=title, cells=tuple(map(show, rows)), is_number=number, drop=drop)
 
-    return [
+    says_break_even = any(row.break_even or row.never_pays for row in rows)
+    columns = [
         column("offer", lambda r: r.offer.provider),
         column("machine", lambda r: _machine(r, table)),
         column(f"{table.currency}/h", lambda r: format_money(r.cost.hourly), number=True),
         column("total", _total, number=True),
-        column("break-even h", _break_even, number=True, drop=1),
+        column(_BREAK_EVEN, _break_even, number=True, drop=1),
         column("price of", lambda r: _dated(r, table), drop=3),
         column("region", lambda r: r.offer.region, drop=5),
         column("source", lambda r: f"[{sources.index(r.offer.source) + 1}]", drop=4),
     ]
+    return [c for c in columns if says_break_even or c.title != _BREAK_EVEN]
 
 
 def _machine(row: CostRow, table: CostTable) -> str:

@@ -32,16 +32,16 @@ def tariff(country: str, rates: Rates, currency: str, sector: str = "household")
 
     Raises UnknownNameError for a country without a row of that sector.
     """
-    wanted = country.strip().upper()
+    wanted = country.strip().casefold()
     rows = [row for row in _rows() if row["sector"] == sector]
-    found = [row for row in rows if row["country"] == wanted and row["currency"] in rates.per_eur]
+    found = [row for row in rows if row["country"].casefold() == wanted and row["currency"] in rates.per_eur]
     if not found:
         known = dict.fromkeys(row["country"] for row in rows)
         raise UnknownNameError("country", country, known, "finefit costs --help, or give --tariff")
     chosen = [row for row in found if row["quality"] == "ok"][:1] or found
     prices = [rates.convert(_price(row), currency) for row in chosen]
     return Tariff(
-        country=wanted,
+        country=chosen[0]["country"],
         per_kwh=Money(low=min(p.low for p in prices), high=max(p.high for p in prices), currency=currency),
         as_of=min((row["as_of"] for row in chosen), default=None)
         if all("as_of" in r for r in chosen)
