@@ -53,8 +53,8 @@ def format_count(count: float) -> str:
 def format_duration(seconds: float) -> str:
     """Seconds as people read them.
 
-    >>> format_duration(42), format_duration(3725), format_duration(200000)
-    ('42 s', '1 h 02 min', '55 h 33 min')
+    >>> format_duration(42), format_duration(7325), format_duration(200000)
+    ('42 s', '2 h 02 min', '55 h 33 min')
     """
     if seconds < 90:
         return f"{seconds:.3g} s"
