@@ -63,6 +63,9 @@ KERNEL_RUNS = [
     ("llama-3-8b", "lora", LIGER, 4, 23.195),
     ("llama-3-8b", "lora", LIGER, 16, 47.396),
     ("llama-3-8b", "lora", {**FUSED, "stack": LIGER_STACK}, 4, 35.059),
+    ("llama-3-8b", "qlora", {**LIGER, "stack": LIGER_STACK}, 4, 13.422),
+    ("mistral-7b", "qlora", {**LIGER, "stack": LIGER_STACK}, 4, 12.140),
+    ("mistral-7b", "qlora", {**FUSED, "stack": LIGER_STACK}, 8, 20.325),
 ]
 RUNS = [
     ("mistral-7b", "full", 4, 67.460, 40.483),

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import integrations
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from bench.build import inner_model
 from planner.errors import SetupError
 from planner.setup import TrainSetup
+from planner.stack import parse_stack, repeats_groups
 
 aten = torch.ops.aten
 
@@ -115,8 +117,21 @@ def flash_attention(setup: TrainSetup, model: nn.Module) -> Iterator[None]:
             "attention", f"{setup.model_label}: transformers has no flash for it; use sdpa or eager"
         )
     inner.config._attn_implementation = "flash_attention_2"
-    with mock.patch.object(integrations.flash_attention, "_flash_attention_forward", _packaged_flash):
+    family = inner.config.get_text_config().model_type
+    kernel = _packaged_flash
+    if repeats_groups(parse_stack(setup.stack), family, setup.attention):
+        kernel = _repeating_flash
+    with mock.patch.object(integrations.flash_attention, "_flash_attention_forward", kernel):
         yield
+
+
+def _repeating_flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any
+) -> torch.Tensor:
+    """The same of keys and values that are copied out to all heads first."""
+    groups = query.shape[2] // key.shape[2]
+    key, value = (repeat_kv(t.transpose(1, 2), groups).transpose(1, 2) for t in (key, value))
+    return _packaged_flash(query, key, value, *args, **options)
 
 
 def _packaged_flash(

@@ -63,6 +63,8 @@ def fused_kernels(setup: TrainSetup, model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         if fusion is not None:
             _fuse_modules(model, fusion)
+            if setup.quant:
+                _fuse_adapters(model)
             for module_name in _rotary_modules(model) if fusion.rope else ():
                 modeling = sys.modules[module_name]
                 stack.enter_context(mock.patch.object(modeling, "apply_rotary_pos_emb", rotary))
@@ -104,6 +106,14 @@ def _fuse_modules(model: nn.Module, fusion: Fusion) -> None:
         raise NotModelledError(
             "kernels: this model has no RMSNorm that a fused kernel could replace; use plain"
         )
+
+
+def _fuse_adapters(model: nn.Module) -> None:
+    """Unsloth's quantised linears are one function with their adapters (foak has them too)."""
+    for module in model.modules():
+        for dropout in getattr(module, "lora_dropout", {}).values():
+            if isinstance(dropout, nn.Dropout):
+                dropout.forward = _adapter_dropout_forward(dropout)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -211,6 +221,34 @@ class GatedActivation(torch.autograd.Function):  # type: ignore[misc]
         """The saved tensors themselves."""
         gate, up = ctx.saved_tensors
         return gate, up
+
+
+def _adapter_dropout_forward(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = AdapterDropout.apply(x) if module.training else x
+        return out
+
+    return forward
+
+
+class AdapterDropout(torch.autograd.Function):  # type: ignore[misc]
+    """Dropout before a fused adapter (LoRA_QKV, LoRA_W in foak's kernels/unsloth/fast_lora.py): no mask.
+
+    The backward asks the dropped copy, which the adapter's product keeps, which elements are zero; the input is
+    kept beside it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """The copy of `x` [..., in_features] of which some elements are zero."""
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        """A gradient of the input's own."""
+        (x,) = ctx.saved_tensors
+        return torch.empty_like(x)
 
 
 # --- losses
