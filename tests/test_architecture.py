@@ -66,6 +66,7 @@ LAYERS = (
         "checks",
         "cases",
         "heads",
+        "latent",
         "blocks",
         "money",
         "run_length",

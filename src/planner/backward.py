@@ -61,8 +61,8 @@ class Backward:
 
     def _step(self, op: Operation) -> None:
         mine = self._gradients.pop(id(op.output))
-        wanted = [t for t in op.inputs if t.needs_grad]
-        made = [mine if op.shares_grad and t.gradient == mine.size else self._allocate(t) for t in wanted]
+        wanted = [t for t in op.inputs if t.needs_grad and not (op.splits and id(t) in self._gradients)]
+        made = [mine if _is_shared(op, t, mine) else self._allocate(t) for t in wanted]
         for gradient in made:
             gradient.is_view = gradient.is_view or op.views_grad
         if op.weight_grad is not ZERO:
@@ -119,6 +119,13 @@ class Backward:
 
     def _snapshot(self) -> Snapshot:
         return (self.live[0], self.live[1], self.live[2], self.live[3])
+
+
+def _is_shared(op: Operation, tensor: Tensor, gradient: _Gradient) -> bool:
+    """Whether an input's gradient is the output's storage: a cast needs its own."""
+    if op.joins:
+        return tensor.width == op.output.width
+    return op.shares_grad and tensor.gradient == gradient.size
 
 
 def _first_saver(operations: Sequence[Operation]) -> dict[int, list[Tensor]]:

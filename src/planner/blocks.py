@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner import kernels
+from planner import kernels, latent
 from planner.linears import Linears, Recipe, first_input
 from planner.pointwise import activation
 from planner.specs import LayerSpec, Matrix
 from planner.tape import FULL_WIDTH, ZERO, BlockMemory, Size, Snapshot, Tensor, add, per_token, scale
+
+INDEX_WIDTH = 8
+"""Bytes of an int64."""
 
 
 def layer_memory(
@@ -69,18 +72,20 @@ class Block(Linears):
     def attention(self, x: Tensor, layer: LayerSpec, hidden_size: int) -> Tensor:
         """Projections, rotary embedding, attention kernel, output projection."""
         roles = {m.role: m for m in layer.matrices}
-        query, key, value = self._projections(x, roles, layer)
+        project = self._latent if "kv_a" in roles else self._projections
+        query, key, value, *others = project(x, roles, layer)
         context = self._kernel(query, key, value, layer)
         if "o" in roles:
             context = self.linear(context, roles["o"])
         if layer.dropout:
             context = self.dropped(context)
-        self.tape.hold(x, query, key, value)
+        self.tape.hold(x, query, key, value, *others)
         return context
 
-    def _projections(
-        self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _latent(self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec) -> tuple[Tensor, ...]:
+        return latent.projections(self, x, roles, layer)
+
+    def _projections(self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec) -> tuple[Tensor, ...]:
         width_q, width_k = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
         if "qkv" in roles:
             joint = self.linear(x, roles["qkv"])
@@ -99,13 +104,8 @@ class Block(Linears):
         return *rotated, value
 
     def _projection(self, x: Tensor, roles: dict[str, Matrix], part: str) -> Tensor:
-        """q, k or v; multi-head latent attention goes through a narrow matrix, a norm, and a wide one."""
-        if part in roles:
-            return self.linear(x, roles[part])
-        narrow, wide = roles.get(f"{part}_a", roles.get("kv_a")), roles.get(f"{part}_b", roles.get("kv_b"))
-        if narrow is None or wide is None:
-            return x
-        return self.linear(self.norm(self.linear(x, narrow), narrow.out_features, "rmsnorm"), wide)
+        """q, k or v, where the layer has it."""
+        return self.linear(x, roles[part]) if part in roles else x
 
     def _rotary(self, x: Tensor, width: int) -> Tensor:
         """x cos + rotate_half(x) sin; the tables have the width of the stream."""
@@ -119,6 +119,8 @@ class Block(Linears):
         if recipe.repeats_groups or (not layer.hands_over_groups and layer.num_kv_heads > 1):
             key, value = kernels.repeated(self.tape, key, value, layer)
             layer = replace(layer, num_kv_heads=layer.num_heads)
+        if recipe.attention == "flash" and layer.value_head_dim != layer.head_dim:
+            return self._padded_flash(query, key, value, layer)
         kernel, width = self._chosen_kernel(layer)
         if recipe.attention != "eager":
             query, key, value = (
@@ -135,6 +137,14 @@ class Block(Linears):
             is_single=recipe.is_single,
         )
         return kernel(self.tape, query, key, value, layer, how)
+
+    def _padded_flash(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
+        """Flash with values padded to the queries' heads; the context is cut in a copy (integrations/flash_attention.py)."""
+        wide, heads = replace(layer, value_head_dim=layer.head_dim), layer.num_heads
+        padded = self.tape.run([value], per_token(value.width * heads * layer.head_dim), value.width)
+        context = self._kernel(query, key, padded, wide)
+        size = per_token(context.width * heads * layer.value_head_dim)
+        return self.tape.run([context], size, context.width)
 
     def _copied(self, x: Tensor) -> Tensor:
         return self.tape.run([x], x.gradient, x.width)
@@ -159,13 +169,15 @@ class Block(Linears):
         dense = {m.role: m for m in layer.matrices if m.token_share == 1.0}
         routed = {m.role: m for m in layer.matrices if m.token_share < 1.0}
         shared = {role.removeprefix("shared_"): m for role, m in dense.items() if role.startswith("shared_")}
-        parts = []
-        if "down" in dense:
-            parts.append(self._mlp(x, dense, layer, 1.0))
-        if "down" in shared:
-            parts.append(self._shared_expert(x, shared, layer))
+        # A shared expert with a router of its own comes before the routed ones, others after them.
+        first = shared if "router" in shared else {}
+        parts = [self._mlp(x, roles, layer, 1.0) for roles in (dense, first) if "down" in roles]
         if "down" in routed:
             parts.append(self._experts(x, routed, layer, hidden_size))
+        if first:
+            parts[0] = self._gated(x, parts[0], first["router"])
+        elif "down" in shared:
+            parts.append(self._mlp(x, shared, layer, 1.0))
         if not parts:
             return x
         if any("." in m.path for m in layer.matrices if m.role == "up" or m.role == "gate_up"):
@@ -176,13 +188,12 @@ class Block(Linears):
             total = self.residual(total, part, hidden_size)
         return self.dropped(total) if layer.dropout else total
 
-    def _shared_expert(self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec) -> Tensor:
-        """An expert that sees every token, weighted by a router of its own where it has one."""
-        out = self._mlp(x, roles, layer, 1.0)
-        if "router" not in roles:
-            return out
-        gate = self.linear(x, roles["router"])
-        return self.tape.run([out, gate], out.size, out.width, saves=[out, gate])
+    def _gated(self, x: Tensor, out: Tensor, router: Matrix) -> Tensor:
+        """What a shared expert gives, weighted by a router of its own; the module's variable keeps the former."""
+        gate = self.linear(x, router)
+        gated = self.tape.run([out, gate], out.size, out.width, saves=[out, gate])
+        self.tape.hold(out)
+        return gated
 
     def _experts(self, x: Tensor, routed: dict[str, Matrix], layer: LayerSpec, hidden_size: int) -> Tensor:
         """All experts at once (grouped products), or one after the other where they are separate linears.
@@ -203,27 +214,56 @@ class Block(Linears):
 
     def _routed(self, x: Tensor, layer: LayerSpec) -> Tensor:
         """What the router reads: a float32 copy where the model routes in float32."""
-        return self.cast(x, FULL_WIDTH, x.gradient[1] / x.width) if layer.routing == "wide" else x
+        is_wide = layer.routing in ("wide", "sigmoid")
+        return self.cast(x, FULL_WIDTH, x.gradient[1] / x.width) if is_wide else x
 
     def _grouped_experts(
         self, x: Tensor, scores: list[Tensor], routed: dict[str, Matrix], layer: LayerSpec, hidden_size: int
     ) -> Tensor:
         """transformers' grouped_mm_experts_forward: sorted by expert, multiplied, weighted, sorted back, summed."""
         tape, chosen = self.tape, float(layer.experts_per_token)
-        gathered = tape.run([x], scale(x.size, chosen), x.width)
+        sorted_experts, order, source = (self._indices(chosen) for _ in range(3))
+        gathered = tape.run([x], scale(x.size, chosen), x.width, saves=[source])
+        width = self._weight_width(scores, layer)
+        weights = tape.run(scores, per_token(width * chosen), width, saves=[order])
         out = self._mlp(gathered, routed, layer, chosen)
-        width = out.width if layer.routing == "narrow" else FULL_WIDTH
-        elements = chosen * hidden_size
-        full = per_token(width * elements)
-        weighted = tape.run([out, *scores], full, width, saves=[out], grad_temp=full)
-        ordered = tape.run([weighted], full, width)
+        ordered = self._weighted(out, weights, chosen * hidden_size, chosen)
         # Autocast sums in float32.
-        summed = max(width, FULL_WIDTH if self.recipe.autocast else 0)
+        summed = max(ordered.width, FULL_WIDTH if self.recipe.autocast else 0)
         total = tape.run([ordered], per_token(summed * hidden_size), summed)
         total = self.cast(total, x.width, hidden_size)
         # peft keeps what it folded until the experts are done.
-        tape.hold(gathered, out, ordered, *self.folded)
+        tape.hold(sorted_experts, order, gathered, weights, out, ordered, *self.folded)
         return total
+
+    def _indices(self, chosen: float, num_temporary: int = 0) -> Tensor:
+        """An int64 for each expert of each token, and others beside it for a moment."""
+        size = per_token(INDEX_WIDTH * chosen)
+        return self.tape.run([], size, INDEX_WIDTH, temp=scale(size, num_temporary))
+
+    def _weight_width(self, scores: list[Tensor], layer: LayerSpec) -> int:
+        """Of the weights that experts get: sigmoids stay in the product's dtype, softmaxes are float32."""
+        if layer.routing == "narrow":
+            return min(score.width for score in scores)
+        if layer.routing == "sigmoid":
+            return max(score.width for score in scores)
+        return FULL_WIDTH
+
+    def _weighted(self, out: Tensor, weights: Tensor, num_elements: float, chosen: float) -> Tensor:
+        """Times the weights, in the wider dtype of both, and back in the tokens' order."""
+        tape, width = self.tape, max(out.width, weights.width)
+        full = per_token(width * num_elements)
+        grad_temp = full
+        # Its gradient is in the wider dtype before it is narrowed.
+        factor = out if out.width == width else tape.part(out, full)
+        if factor is not out and (self.recipe.reentrant or not self.recipe.checkpointed):
+            # Meanwhile autograd holds what the product saved; a checkpoint has given it away.
+            grad_temp = add(full, out.size)
+        weighted = tape.run([factor, weights], full, width, saves=[out, weights], grad_temp=grad_temp)
+        inverse = self._indices(chosen, num_temporary=1)
+        ordered = tape.run([weighted], full, width, saves=[inverse])
+        tape.hold(inverse)
+        return ordered
 
     def _expert(
         self, x: Tensor, scores: list[Tensor], routed: dict[str, Matrix], layer: LayerSpec, share: float

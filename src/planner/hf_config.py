@@ -62,6 +62,7 @@ def model_spec(
         buffer_bytes=dims.evaluate(fam["buffers"]),
         norms_embeddings=fam["norms_embeddings"],
         returns_weights=fam["returns_weights"],
+        makes_both_masks=fam["makes_both_masks"],
         embedding_params=dims.evaluate(fam["embeddings"]),
         token_embedding_params=dims.evaluate(fam["token_embeddings"]),
         head=_head(fam["head"], dims),

@@ -165,20 +165,24 @@ class Linears:
     def _folded_linear(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
         """A parameter of all experts with peft's ParamWrapper: the product takes W + scale B A, made each time.
 
-        The sum is as large as the experts, is saved for the backward, and gets a gradient of that size.
+        The sum is as large as the experts, is saved for the backward, and gets a gradient of that size; the factors
+        are copied where their dtype isn't the experts'.
         """
         recipe = self.recipe
         num_factors = self.ranks[matrix.path] * (matrix.in_features + matrix.out_features) * matrix.copies
         factors = self.tape.run(
             [],
-            constant(num_factors * recipe.weight),
+            constant(num_factors * recipe.weight) if recipe.adapter != recipe.weight else ZERO,
             recipe.weight,
             weight_grad=constant(num_factors * recipe.adapter),
         )
         whole = constant(matrix.num_weights * recipe.weight)
         weight = self.tape.run([factors], whole, recipe.weight, saves=[factors])
         self.folded += [factors, weight]
-        x = self.cast(x, recipe.weight, matrix.in_features * share)
+        if matrix.role == "router":
+            x = self.operand(x, matrix.in_features * share)
+        else:
+            x = self.cast(x, recipe.weight, matrix.in_features * share)
         out = per_token(x.width * matrix.out_features * share)
         return self.tape.run([x, weight], out, x.width, saves=[x, weight])
 

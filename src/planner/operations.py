@@ -37,7 +37,8 @@ class Operation:
     """One operation of the forward. `temp` is alive only while it runs, `grad_temp` only in its backward.
 
     `needs_saved`: its backward reads a saved tensor, be it a weight; `shares_grad`: its inputs' gradients are
-    its output's own storage; `views_grad`: they are views of what it made.
+    its output's own storage; `views_grad`: they are views of what it made; `joins`: they are views of its output's;
+    `splits`: its output is one of several parts, whose gradients are joined in one new tensor.
     """
 
     inputs: tuple[Tensor, ...]
@@ -49,3 +50,5 @@ class Operation:
     needs_saved: bool
     shares_grad: bool
     views_grad: bool
+    joins: bool = False
+    splits: bool = False

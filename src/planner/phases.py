@@ -154,7 +154,8 @@ class Step:
         memories = self.layering.memories
         first = self.layering.order[0]
         streams -= bool(spot.before) and memories[first].saves_input
-        return {"activations": self.mask + streams * self.stream}
+        mask = self.mask + self.run.idle_masks(self.tokens, self.seq_len)
+        return {"activations": mask + streams * self.stream}
 
     def _returned(self, spot: Spot) -> float:
         return self.run.returned(self.tokens, self.seq_len) if spot.before else 0.0
@@ -298,7 +299,7 @@ class Step:
         peaks = [self._plus(copies, {"activations": inputs}, head)]
         if run.reduces_by_group:
             peaks.append(self._plus({"activations": 2 * stream}, {"workspace": run.buffers.eval_gather}))
-        mask = run.masks(tokens, self.seq_len)
+        mask = run.masks(tokens, self.seq_len) + run.idle_masks(tokens, self.seq_len)
         held = inputs + mask + run.rotary(tokens, self.seq_len)
         layering = run.layering(tokens, self.seq_len, evaluates=True)
         for spot in layering.spots:

@@ -112,12 +112,22 @@ class Run:
 
         One for each window and one for full attention; where none is needed, torch's attention gets none.
         """
+        windows = {layer.window for layer in self.model.layers}
         if self.setup.attention == "eager":
-            return float(
-                self.recipe.mask * len({layer.window for layer in self.model.layers}) * tokens * seq_len
-            )
+            return self._mask_bytes(len(windows), tokens, seq_len)
         masked = {layer.window for layer in self.model.layers if self._is_masked(layer, seq_len)}
-        return float(len(masked) * seq_len * (tokens if self.setup.packing else seq_len))
+        return self._mask_bytes(len(masked), tokens, seq_len)
+
+    def idle_masks(self, tokens: int, seq_len: int) -> float:
+        """Bytes of the mask for a window that no layer has: the model's forward alone holds it."""
+        is_made = self.model.makes_both_masks and self.setup.attention != "flash"
+        is_idle = is_made and len({layer.window for layer in self.model.layers}) == 1
+        return self._mask_bytes(int(is_idle), tokens, seq_len)
+
+    def _mask_bytes(self, num_masks: int, tokens: int, seq_len: int) -> float:
+        if self.setup.attention == "eager":
+            return float(self.recipe.mask * num_masks * tokens * seq_len)
+        return float(num_masks * seq_len * (tokens if self.setup.packing else seq_len))
 
     def returned(self, tokens: int, seq_len: int) -> float:
         """Bytes of the weights that the layer before has returned."""

@@ -57,7 +57,7 @@ class LayerSpec:
     same stream. `norm`: "rmsnorm", "layernorm", either "-wide" (narrowed to 16 bits after the weight, not before)
     or "-plain" (without a weight). `activation`: its name in transformers.
     `routing`: whether experts are weighted in the tokens' dtype ("narrow"), in float32 ("scores"), and the router too
-    ("wide"). `side` is "encoder" or "decoder". `window` is the sliding window in tokens, None for full attention.
+    ("wide"; "sigmoid": in the dtype of the router's product, which autocast narrows). `side` is "encoder" or "decoder". `window` is the sliding window in tokens, None for full attention.
     """
 
     count: int
@@ -104,7 +104,8 @@ class ModelSpec:
     are named in `outside`. `note` says what the numbers leave out (a multi-modal model's other parts). `order` gives
     for each layer its kind, an index into `layers`; `num_rotary` counts the elements of the rotary tables per position, `buffer_bytes` what the
     model keeps besides parameters, whatever their dtype. `norms_embeddings`: a norm makes the first layer's input;
-    `returns_weights`: eager attention's weights live on until the next layer's are there.
+    `returns_weights`: eager attention's weights live on until the next layer's are there. `makes_both_masks`: a mask for
+    full attention and one for a sliding window are made whatever the layers need.
     `config` is the config.json that it came from.
     """
 
@@ -127,6 +128,7 @@ class ModelSpec:
     buffer_bytes: int = 0
     norms_embeddings: bool = False
     returns_weights: bool = False
+    makes_both_masks: bool = False
     logit_softcap: bool = False
     remote_code: bool = False
     license: str | None = None

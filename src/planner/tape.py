@@ -187,7 +187,19 @@ class Tape:
     def part(self, base: Tensor, size: Size) -> Tensor:
         """A part of `base` (a split's output): no memory of its own, but a gradient of its own `size`."""
         output = self.run([base], ZERO, base.width, category=base.category)
-        output.grad_size, output.base = size, base
+        output.grad_size, output.base = size, base.base or base
+        return output
+
+    def split(self, base: Tensor, size: Size) -> Tensor:
+        """One of the parts of torch.split: the gradients of all of them are joined in one tensor."""
+        output = self.part(base, size)
+        self.operations[-1].splits = True
+        return output
+
+    def join(self, parts: Sequence[Tensor], size: Size, width: int) -> Tensor:
+        """torch.cat: the parts' gradients are views of its own, or copies in the part's dtype."""
+        output = self.run(parts, size, width)
+        self.operations[-1].joins = True
         return output
 
     def hold(self, *tensors: Tensor) -> None:
