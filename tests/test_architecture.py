@@ -56,6 +56,7 @@ LAYERS = (
         "pointwise",
     ),
     ("index", "fields", "results", "methods", "dataset", "linears"),
+    ("latent",),
     (
         "families",
         "catalog",
@@ -66,7 +67,6 @@ LAYERS = (
         "checks",
         "cases",
         "heads",
-        "latent",
         "blocks",
         "money",
         "run_length",

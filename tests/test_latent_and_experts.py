@@ -113,22 +113,23 @@ class TestExperts:
         assert bytes_of(block.tape.play().saved) == narrow + 4 * H
 
 
-class TestIdleMask:
-    MODEL = {
-        "model_type": "qwen2_moe",
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": 256,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-    }
+QWEN = {
+    "model_type": "qwen2_moe",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 256,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 
+
+class TestIdleMask:
     def run_of(self, attention, **changes):
-        model = {**self.MODEL, **changes}
+        model = {**QWEN, **changes}
         return MemoryModel(TrainSetup(model=model, attention=attention), model_spec(model)).run
 
     def test_a_mask_that_no_layer_reads_is_made_unless_flash_takes_none(self):

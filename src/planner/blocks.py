@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner import kernels, latent
+from planner import kernels
 from planner.linears import Linears, Recipe, first_input
 from planner.pointwise import activation
 from planner.specs import LayerSpec, Matrix
@@ -83,6 +83,9 @@ class Block(Linears):
         return context
 
     def _latent(self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec) -> tuple[Tensor, ...]:
+        # Most models have none, and the start-up counts modules.
+        from planner import latent
+
         return latent.projections(self, x, roles, layer)
 
     def _projections(self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec) -> tuple[Tensor, ...]:
