@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from planner import sharding
 from planner.estimate import resolve
 from planner.memory import MemoryModel
 from planner.setup import TrainSetup
@@ -112,3 +115,25 @@ def test_two_processes_of_fsdp_hold_what_is_predicted():
 )
 def test_processes_hold_what_is_predicted(changes):
     check_against_processes(setup_of(**changes))
+
+
+@pytest.mark.slow
+def test_processes_of_zero_hold_what_is_predicted_where_buckets_do_not_hide_it():
+    from bench.trace.processes import measure_ranks
+
+    setup, zero = setup_of(sharding="zero2"), replace(sharding.ZERO, bucket=500_000)
+    with mock.patch.object(sharding, "ZERO", zero):
+        phases = closed(setup)
+    ranks = measure_ranks(setup, zero)
+    for name in ranks[0]:
+        assert phases[name] == pytest.approx(max(rank[name] for rank in ranks), rel=0.03), name
+
+
+def test_a_rank_of_zero1_has_whole_gradients_until_the_backward_is_over_and_one_of_zero2_its_share():
+    bucket = 500_000
+    with mock.patch.object(sharding, "ZERO", replace(sharding.ZERO, bucket=bucket)):
+        first, second = (closed(setup_of(sharding=s, num_gpus=4)) for s in ("zero1", "zero2"))
+    share = NUM_PARAMS * 2 // 4
+    assert first["backward"] - first["save"] >= NUM_PARAMS * 2 + share + bucket * 2
+    assert second["backward"] < first["backward"]
+    assert first["save"] == second["save"] == pytest.approx(NUM_PARAMS * 2 + 3 * share, rel=0.01)

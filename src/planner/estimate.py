@@ -28,7 +28,12 @@ NOT_MODELLED_VALUES = (
     ("checkpointing", "selective", "selective checkpointing: counted as none"),
 )
 """Field, value, and what is left out where a setup has it."""
-NOT_MODELLED_SHARDED = "prefetch order and communication buffers of the sharding beyond whole layers"
+NOT_MODELLED_SHARDED = {
+    "zero3": "which weights ZeRO-3 keeps gathered when the model exceeds its reuse distance: counted high",
+    "fsdp1": "FSDP1's communication buffers beyond whole layers",
+    "device_map": "what waits between the stages of a naive pipeline",
+}
+"""Sharding, and what is left out of what its ranks hold for each other."""
 
 
 def estimate(setup: TrainSetup, machine: Machine, model: ModelSpec | None = None) -> Estimate:
@@ -163,7 +168,8 @@ class Estimator:
         """What the numbers leave out for this setup."""
         setup = self.setup
         found = [what for field, value, what in NOT_MODELLED_VALUES if getattr(setup, field) == value]
-        return [*NOT_MODELLED, *found, *([NOT_MODELLED_SHARDED] if setup.num_gpus > 1 else [])]
+        sharded = NOT_MODELLED_SHARDED.get(setup.sharding) if setup.num_gpus > 1 else None
+        return [*NOT_MODELLED, *found, *([sharded] if sharded else [])]
 
 
 def resolve(setup: TrainSetup, *, offline: bool = True) -> ModelSpec:

@@ -6,7 +6,17 @@ norm and head, with the embedding where they are tied; the root holds the rest.
 
 from __future__ import annotations
 
-from planner.inventory import Inventory, norm_width, packed_bytes, trained_width, unquantised_width
+from planner import sharding
+from planner.inventory import (
+    Inventory,
+    adapter_width,
+    base_tensors,
+    norm_width,
+    packed_bytes,
+    trained_tensors,
+    trained_width,
+    unquantised_width,
+)
 from planner.layers import adapter_rank, target_matrices
 from planner.methods import find_method
 from planner.setup import TrainSetup
@@ -23,7 +33,7 @@ def gathered_widths(setup: TrainSetup) -> tuple[int, int, int]:
     if setup.autocast and setup.num_gpus > 1 and STRATEGIES[setup.sharding].reduces_by_group:
         width = DTYPE_BYTES[setup.autocast]
         return width, width, width
-    return unquantised_width(setup), norm_width(setup), DTYPE_BYTES[setup.adapter_dtype]
+    return unquantised_width(setup), norm_width(setup), adapter_width(setup)
 
 
 def exchanged(setup: TrainSetup, model: ModelSpec, inventory: Inventory, *, is_reentrant: bool) -> Exchanged:
@@ -50,8 +60,30 @@ def exchanged(setup: TrainSetup, model: ModelSpec, inventory: Inventory, *, is_r
         tail=groups.of((0 if tied else head) + tied + model.final_params),
         rest=groups.of(model.embedding_params - model.token_embedding_params),
         is_tied=bool(tied),
+        is_offloaded=setup.offload != "none",
+        small_bytes=_small_bytes(setup, model),
+        first_trained_params=trained_tensors(setup, model)[0].num_elements,
         is_cast=(trained_width(setup) if groups.trains_base else unquantised_width(setup)) != groups.weight,
     )
+
+
+def _small_bytes(setup: TrainSetup, model: ModelSpec) -> int:
+    """Parameters that DeepSpeed's stage 3 never splits again once they are gathered."""
+    base = base_tensors(model, unquantised_width(setup))
+    tensors = [*base, *(trained_tensors(setup, model) if setup.uses_adapters else ())]
+    return sum(
+        t.num_elements * t.count * t.width for t in tensors if t.num_elements <= sharding.ZERO.persistent
+    )
+
+
+def largest_layer_gradient(setup: TrainSetup, model: ModelSpec) -> int:
+    """Bytes of the largest gradient that a layer makes."""
+    if setup.uses_adapters:
+        elements = max(t.num_elements for t in trained_tensors(setup, model))
+    else:
+        matrices = (m for layer in model.layers for m in layer.matrices)
+        elements = max(m.num_weights // (1 if m.kind == "parameter" else m.copies) for m in matrices)
+    return elements * trained_width(setup)
 
 
 class _Groups:

@@ -14,6 +14,7 @@ from planner.layers import adapter_rank, quantised_matrices, target_matrices
 from planner.methods import find_method
 from planner.optimizers import Optimizer, find_optimizer
 from planner.setup import TrainSetup
+from planner.sharding import STRATEGIES
 from planner.specs import LayerSpec, Matrix, ModelSpec
 from planner.stack import casts_back, parse_stack
 from planner.units import DTYPE_BYTES
@@ -173,7 +174,13 @@ def trained_width(setup: TrainSetup) -> int:
     """
     if setup.sharding in ("fsdp", "fsdp1") and setup.autocast:
         return 4
-    return DTYPE_BYTES[setup.adapter_dtype if setup.uses_adapters else setup.weights_dtype]
+    return adapter_width(setup) if setup.uses_adapters else DTYPE_BYTES[setup.weights_dtype]
+
+
+def adapter_width(setup: TrainSetup) -> int:
+    """Bytes per element of adapters: DeepSpeed casts all of a 16-bit model (runtime/engine.py)."""
+    is_cast = STRATEGIES[setup.sharding].casts_adapters and setup.weights_dtype != "float32"
+    return DTYPE_BYTES[setup.weights_dtype if is_cast else setup.adapter_dtype]
 
 
 def trained_tensors(setup: TrainSetup, model: ModelSpec) -> tuple[TrainedTensor, ...]:
@@ -183,12 +190,13 @@ def trained_tensors(setup: TrainSetup, model: ModelSpec) -> tuple[TrainedTensor,
 
 def _trained_tensors(kept: _Kept, model: ModelSpec) -> tuple[TrainedTensor, ...]:
     if kept.trains_base:
-        return _base_tensors(model, kept.trained_width)
+        return base_tensors(model, kept.trained_width)
     return _adapter_tensors(model, kept.targets, kept.rank, kept.trained_width)
 
 
 @functools.lru_cache(maxsize=256)
-def _base_tensors(model: ModelSpec, width: int) -> tuple[TrainedTensor, ...]:
+def base_tensors(model: ModelSpec, width: int) -> tuple[TrainedTensor, ...]:
+    """Every parameter of the model itself, as if all were kept in `width` bytes per element."""
     return tuple(_iterate_base(model, width))
 
 

@@ -6,6 +6,7 @@ import functools
 
 from planner.exchange import gathered_widths
 from planner.heads import LossBytes
+from planner.inventory import adapter_width
 from planner.layers import adapter_rank, target_matrices
 from planner.linears import Recipe
 from planner.methods import find_method
@@ -64,7 +65,7 @@ def _adapted(model: ModelSpec, targets: str | tuple[str, ...], rank: int) -> tup
 def _step_factor(setup: TrainSetup) -> float | None:
     """Bytes that a gradient's use takes, over its own; None where gradients wait for the end of the backward."""
     if setup.optimizer_in_backward:
-        width = DTYPE_BYTES[setup.adapter_dtype if setup.uses_adapters else setup.weights_dtype]
+        width = adapter_width(setup) if setup.uses_adapters else DTYPE_BYTES[setup.weights_dtype]
         optimizer = find_optimizer(setup.optimizer)
         return optimizer.step_copies + optimizer.tensor_step_bytes(1, width) / width
     # Added in place to those that are there.

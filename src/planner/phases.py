@@ -54,7 +54,10 @@ class Step:
 
     def _before_states(self) -> dict[str, float]:
         """Loading: everything that is there before the optimizer's first step has made its states."""
-        return {"optimizer": -self.base["optimizer"]}
+        return {
+            "optimizer": self.run.copied_bytes - self.base["optimizer"],
+            "workspace": -self.run.buffers.kept,
+        }
 
     def _plus(self, *parts: Mapping[str, float]) -> dict[str, float]:
         total = dict(self.base)
@@ -210,6 +213,8 @@ class Step:
     def _share(self, whole_gradients: float) -> float:
         """What a rank keeps of gradients that a layer made."""
         run = self.run
+        if run.strategy.reduces_last:
+            return whole_gradients
         if not run.reduces_by_group:
             return whole_gradients / run.gradient_ranks
         made = run.recipe.adapter if run.setup.uses_adapters else run.recipe.weight
@@ -229,9 +234,15 @@ class Step:
             self._escaped(self.layering.counts),
             exchange,
             own,
-            peaks.at(self.tokens, self.seq_len),
+            self._unmoved(peaks.at(self.tokens, self.seq_len)),
             self._late_grads(spot),
         )
+
+    def _unmoved(self, peak: dict[str, float]) -> dict[str, float]:
+        """A layer's peak without the gradients that have moved into the exchange's buffers: all but the newest."""
+        if not self.run.moves_gradients:
+            return peak
+        return peak | {"gradients": min(peak["gradients"], float(self.run.newest_gradient))}
 
     def _inputs_behind(self, spot: Spot) -> float:
         """Inputs of the layers behind this one, and their gradients but for the next one's, which its peak counts."""
@@ -244,6 +255,8 @@ class Step:
         if self.held_grads or run.setup.optimizer_in_backward:
             # A tied head's gradient waits for the embedding's, wherever the others go.
             return {"gradients": self._embedding_bytes() if run.model.tied_head else 0.0}
+        if run.moves_gradients:
+            return {"gradients": self.all_grads}
         sizes = {i: memory.weight_gradients for i, memory in enumerate(self.layering.memories)}
         after = self.layer_share * self._at(sum_of(sizes, spot.after))
         return {"gradients": self._share(after) + self._head_grads()}
@@ -270,7 +283,8 @@ class Step:
         With a tied head it is added to the head's, which is a view of a product: out of place.
         """
         second = self._embedding_bytes() * (2 if self.run.model.tied_head else 1 if self.held_grads else 0)
-        grads = self.held_grads or self.all_grads or self._embedding_bytes()
+        made = self.run.backward_gradients() if self.all_grads else 0.0
+        grads = self.held_grads or made or self._embedding_bytes()
         if self.run.setup.optimizer_in_backward:
             second += (self.run.recipe.step_factor or 0.0) * self._embedding_bytes()
         if self.run.reduces_by_group:

@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 
 from planner.blocks import layer_memory
-from planner.exchange import exchanged
+from planner.exchange import exchanged, largest_layer_gradient
 from planner.heads import LossBytes, head_memory
 from planner.inventory import take_inventory
 from planner.layering import Layering, lay
@@ -76,9 +76,11 @@ class Run:
         self._ranks = setup.num_gpus
         self._workspace = workspace_bytes
         self.buffers = Buffers()
+        self.newest_gradient = 0
         if setup.num_gpus > 1:
             groups = exchanged(setup, model, self.inventory, is_reentrant=self.recipe.reentrant)
             self.buffers = self.strategy.buffers(groups)
+            self.newest_gradient = largest_layer_gradient(setup, model)
 
     def layering(self, tokens: int, seq_len: int, *, evaluates: bool = False) -> Layering:
         """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
@@ -164,16 +166,30 @@ class Run:
         states = (inv.states_bytes + inv.master_bytes) / (
             ranks if how.shards_optimizer or how.splits_layers else 1
         )
-        if how.copies_share and ranks > 1 and self.setup.master_weights == "none":
-            states += inv.gradients_bytes / ranks
+        if self.setup.master_weights == "none":
+            states += self.copied_bytes
         if self.setup.offload == "params+optimizer":
             base = adapters = 0.0
         if self.setup.offload != "none":
             states = 0.0
         terms = dict.fromkeys(ALLOCATED_TERMS, 0.0)
         terms |= {"weights": base, "adapters": adapters, "optimizer": states}
-        terms["workspace"] = self._workspace + self.buffers.always
+        if self.keeps_gradients:
+            terms["gradients"] = inv.gradients_bytes / ranks
+        terms["workspace"] = self._workspace + self.buffers.always + self.buffers.kept
         return terms
+
+    @property
+    def copied_bytes(self) -> float:
+        """The share that the optimizer steps on, where it is a copy that is made with the wrapper."""
+        if self._ranks == 1 or not self.strategy.copies_share or self.setup.offload != "none":
+            return 0.0
+        return (self.inventory.master_bytes or self.inventory.gradients_bytes) / self._ranks
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether a rank's share of the gradients is there in every phase."""
+        return self.strategy.keeps_gradients and self._ranks > 1 and self.setup.offload == "none"
 
     @property
     def reduces_by_group(self) -> bool:
@@ -182,8 +198,20 @@ class Run:
 
     def gradients_per_rank(self) -> float:
         """All gradients that one rank holds after a backward."""
+        if self.keeps_gradients:
+            return 0.0
         share = self._ranks if self.strategy.splits_layers else self.gradient_ranks
         return self.inventory.gradients_bytes / share
+
+    def backward_gradients(self) -> float:
+        """All gradients that one rank holds at the end of a backward, before the last exchange."""
+        whole = self._ranks > 1 and self.strategy.reduces_last
+        return self.inventory.gradients_bytes if whole else self.gradients_per_rank()
+
+    @property
+    def moves_gradients(self) -> bool:
+        """Whether each gradient moves into the exchange's buffers as soon as it is made."""
+        return self.strategy.moves_gradients and self._ranks > 1
 
     def accumulated_gradients(self) -> float:
         """All gradients that one rank holds between micro-batches; whole where ranks exchange after the last one only."""

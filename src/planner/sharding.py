@@ -9,11 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-ZERO_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's reduce and all-gather buckets (runtime/zero/config.py, the default), written into the exported files."""
-ZERO3_REUSE_ELEMENTS = 1_000_000_000
-"""Weights that are needed again within so many elements stay gathered, and so many at most are gathered ahead
-(stage3_max_reuse_distance and stage3_max_live_parameters, the defaults), written into the exported files."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroSizes:
+    """Elements of DeepSpeed's buffers: its defaults (runtime/zero/config.py), written into the exported files.
+
+    `bucket`: the reduce and the all-gather bucket. Of stage 3: weights that are needed again within `reuse` stay
+    gathered, and so many at most are gathered ahead (stage3_max_reuse_distance, stage3_max_live_parameters);
+    `prefetch`: what one gathering ahead fetches; a parameter of at most `persistent` is never split again.
+    """
+
+    bucket: int = 500_000_000
+    reuse: int = 1_000_000_000
+    prefetch: int = 50_000_000
+    persistent: int = 100_000
+
+
+ZERO = ZeroSizes()
 FLOAT64_WIDTH = 8
 
 
@@ -35,7 +47,9 @@ class Exchanged:
     checkpoints, whose forward builds no graph.
     `layer` (the largest), `embedding`, `tail` (final norm and head; the embedding too where it `is_tied`) and
     `rest` are the groups of FSDP2. `largest_trained_params`: elements of the largest tensor that trains; `step_bytes`:
-    what the optimizer's step makes for a moment. `is_cast`: shards are cast before they are gathered.
+    what the optimizer's step makes for a moment. `is_cast`: shards are cast before they are gathered. `is_offloaded`: the optimizer
+    steps on the host. `small_bytes`:
+    parameters of at most ZeroSizes.persistent elements; `first_trained_params`: elements of the first that trains.
     """
 
     ranks: int
@@ -55,13 +69,21 @@ class Exchanged:
     rest: Group
     is_tied: bool
     is_cast: bool
+    is_offloaded: bool
+    small_bytes: int
+    first_trained_params: int
+
+    @property
+    def table(self) -> Group:
+        """The group with the embedding."""
+        return self.tail if self.is_tied else self.embedding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Buffers:
     """Bytes per rank that the exchange holds beside the step's own tensors, at each moment of a step.
 
-    `always`: from before the first step to the end, in every phase. The others are held while it lasts: `forward` of
+    `always`: from before the first step to the end, in every phase; `kept`: from the first step on. The others are held while it lasts: `forward` of
     a layer; `loss`, the head's forward too; `head_backward` of the loss; `last_layer_backward`, the first that runs;
     `first_layer_backward`; `embedding_backward`, after all layers; `optimizer` step; `eval` of a layer and `eval_loss`
     without gradients. `first_gather`, `layer_gather`, `tail_gather`, `eval_gather`: while the weights of the first
@@ -71,6 +93,7 @@ class Buffers:
     """
 
     always: float = 0.0
+    kept: float = 0.0
     first_gather: float = 0.0
     layer_gather: float = 0.0
     forward: float = 0.0
@@ -104,6 +127,8 @@ class Strategy:
     in the dtype of autocast, which then has nothing to cast. `accumulates_whole`: micro-batches before the last run
     without exchange (no_sync, which Trainer and accelerate use unless told `sync_each_batch`), so gradients stay whole.
     `copies_share`: the optimizer steps on a copy of a rank's share of the weights even without master weights.
+    `casts_adapters`: adapters get the dtype of 16-bit weights. `reduces_last`: gradients are whole until the backward is over. `moves_gradients`: each moves into the exchange's
+    buffers as soon as it is made; a rank's share is one flat tensor, which with `keeps_gradients` is there from the start.
     `reduces_by_group`: a group's gradients are whole until its backward is done; then a rank keeps its share.
     """
 
@@ -118,6 +143,10 @@ class Strategy:
     shards_optimizer: bool = False
     reduces_by_group: bool = False
     copies_share: bool = False
+    reduces_last: bool = False
+    moves_gradients: bool = False
+    keeps_gradients: bool = False
+    casts_adapters: bool = False
     splits_layers: bool = False
     uses_nccl: bool = True
     buffers: Callable[[Exchanged], Buffers] = _no_buffers
@@ -142,51 +171,101 @@ def _ddp(exchanged: Exchanged) -> Buffers:
     return Buffers(always=exchanged.gradients_bytes)
 
 
-def _zero12(exchanged: Exchanged) -> Buffers:
-    """DeepSpeed 0.19's stages 1 and 2 (runtime/zero/stage_1_and_2.py).
-
-    A bucket of the configured size, however few gradients there are, exists from the start of the backward to its end
-    (setup_buckets, _release_ipg_buffers), and gradients become views of it; a rank copies its share out, in stage 1 too.
-    What the bucket holds is copied flat to be reduced (allreduce_bucket). The norm of
-    the gradients takes the largest one in float64 (get_grad_norm_direct).
-    """
-    bucket = ZERO_BUCKET_ELEMENTS * exchanged.weight_width
-    flat = min(ZERO_BUCKET_ELEMENTS, exchanged.trained_params) * exchanged.weight_width
-    # One bucket that holds all is copied out when it has been reduced, not before.
-    is_held = exchanged.trained_params <= ZERO_BUCKET_ELEMENTS
-    held = exchanged.gradients_bytes / exchanged.ranks if is_held else 0.0
+def _zero_optimizer(exchanged: Exchanged, flat: float = 0.0) -> float:
+    """What the step holds for a moment beyond the optimizer's own: the norm takes the largest gradient in float64."""
     norm = FLOAT64_WIDTH * min(exchanged.largest_trained_params, exchanged.trained_params / exchanged.ranks)
+    return max(flat, norm - exchanged.step_bytes / exchanged.ranks)
+
+
+def _zero1(exchanged: Exchanged) -> Buffers:
+    """DeepSpeed 0.19's stage 1 (runtime/zero/stage_1_and_2.py).
+
+    A bucket of the configured size, however few gradients there are, exists from the first gradient to the end of the
+    backward (setup_buckets, _release_ipg_buffers). Gradients stay whole until the backward is over (process_gradients);
+    then they move into the bucket in the order of the parameters (reduce_gradients). When the first bucket full has
+    been reduced, the flat tensor of this rank's share is made (copy_grads_in_partition).
+    """
+    bucket = ZERO.bucket * exchanged.weight_width
+    is_first_small = exchanged.first_trained_params <= ZERO.bucket
+    moved = min(bucket, exchanged.gradients_bytes) if is_first_small else 0
+    share = exchanged.gradients_bytes / exchanged.ranks
     return Buffers(
-        head_backward=bucket,
         last_layer_backward=bucket,
         first_layer_backward=bucket,
-        embedding_backward=bucket + flat - held,
-        optimizer=max(0.0, norm - exchanged.step_bytes / exchanged.ranks),
+        embedding_backward=bucket + max(0.0, share - moved),
+        optimizer=_zero_optimizer(exchanged),
+    )
+
+
+def _last_flat(exchanged: Exchanged) -> float:
+    """The flat copy for a reduction when the embedding's gradient has come, which may be larger than a bucket."""
+    elements = min(exchanged.trained_params, max(ZERO.bucket, exchanged.largest_trained_params))
+    return elements * exchanged.weight_width
+
+
+def _zero2(exchanged: Exchanged) -> Buffers:
+    """DeepSpeed 0.19's stage 2: the bucket is that of stage 1, but gradients move into it as soon as they are made.
+
+    A full bucket is copied flat to be reduced (allreduce_bucket). Then the flat tensor of this rank's share is made,
+    for all of it at once.
+    """
+    bucket = ZERO.bucket * exchanged.weight_width
+    flat = min(bucket, exchanged.trained_params * exchanged.weight_width)
+    # One bucket that holds all is copied out when it has been reduced, not before.
+    is_one = exchanged.trained_params <= ZERO.bucket
+    held = exchanged.gradients_bytes / exchanged.ranks if is_one else 0.0
+    layers = bucket - held if is_one else bucket + flat
+    return Buffers(
+        last_layer_backward=layers,
+        first_layer_backward=layers,
+        embedding_backward=bucket
+        - held
+        + (flat if is_one else _last_flat(exchanged) + exchanged.table.reduced),
+        optimizer=_zero_optimizer(exchanged),
     )
 
 
 def _zero3(exchanged: Exchanged) -> Buffers:
     """DeepSpeed 0.19's stage 3 (runtime/zero/stage3.py, partitioned_param_coordinator.py).
 
-    The reduce bucket and a flat buffer of a rank's share of the gradients are there from the start. What was used at
-    the end of the forward is needed again soon, in the backward: half of the reuse distance stays gathered.
+    The reduce bucket is there from the start, and from the first step on every small parameter whole. What was used at
+    the end of the forward is needed again soon, in the backward: half of the reuse distance stays gathered. What
+    is gathered ahead is copied out of a flat tensor that lives until the last of it is used (AllGatherCoalescedHandle).
+    A full bucket is copied flat to be reduced (reduce_scatter_coalesced); before the step the share of the gradients is
+    copied too (_prepare_fp32_grad_for_sub_group), while the small parameters are split for a moment.
     """
-    bucket = ZERO_BUCKET_ELEMENTS * exchanged.weight_width
-    share = exchanged.gradients_bytes / exchanged.ranks
+    width = exchanged.weight_width
+    bucket, trained = ZERO.bucket * width, exchanged.trained_params * width
+    small = exchanged.small_bytes
+    split = max(0.0, exchanged.weights_bytes - small)
     least = 2 * exchanged.layer_bytes + exchanged.root_bytes
-    reused = ZERO3_REUSE_ELEMENTS / 2 * exchanged.weight_width
-    live = max(least, min(exchanged.weights_bytes, reused))
+    # A frozen embedding isn't needed in the backward: it goes after its forward.
+    reused = split if exchanged.table.reduced else split - exchanged.table.gathered
+    live = min(reused, max(least, ZERO.reuse / 2 * width))
+    ahead = min(split, ZERO.prefetch * width)
+    # What stayed gathered from the forward needn't be fetched again.
+    again = 0.0 if live == reused else ahead
+    flat = bucket if trained > bucket else 0.0
     return Buffers(
         always=bucket,
-        forward=share + live,
-        loss=share + live,
-        head_backward=share + live,
-        last_layer_backward=share + live,
-        first_layer_backward=live,
-        embedding_backward=live,
-        eval=share + live,
-        eval_loss=share + live,
+        kept=small,
+        forward=live + ahead,
+        loss=live,
+        head_backward=live,
+        last_layer_backward=live + again + flat,
+        first_layer_backward=live + again + flat,
+        embedding_backward=live + _last_flat(exchanged),
+        optimizer=_zero3_optimizer(exchanged),
+        eval=live,
+        eval_loss=live,
     )
+
+
+def _zero3_optimizer(exchanged: Exchanged) -> float:
+    if exchanged.is_offloaded:
+        return 0.0
+    flat = _zero_optimizer(exchanged, exchanged.gradients_bytes / exchanged.ranks)
+    return max(flat - exchanged.small_bytes, -exchanged.step_bytes / exchanged.ranks)
 
 
 def _fsdp1(exchanged: Exchanged) -> Buffers:
@@ -227,7 +306,7 @@ def _fsdp2(exchanged: Exchanged) -> Buffers:
     is_tied = exchanged.is_tied
     held = rest.gathered + (tail.gathered if is_tied else 0)
     behind = held + (tail.reduced if is_tied else 0)
-    table = tail if is_tied else embedding
+    table = exchanged.table
     ahead = max(layer.gathered, embedding.gathered)
     cast = ahead / exchanged.ranks if exchanged.is_cast else 0.0
     # From the second batch of an evaluation on, the last group is there from the start.
@@ -266,7 +345,9 @@ STRATEGIES: dict[str, Strategy] = {
             shards_optimizer=True,
             accumulates_whole=True,
             copies_share=True,
-            buffers=_zero12,
+            casts_adapters=True,
+            reduces_last=True,
+            buffers=_zero1,
         ),
         Strategy(
             name="zero2",
@@ -274,7 +355,9 @@ STRATEGIES: dict[str, Strategy] = {
             shards_gradients=True,
             shards_optimizer=True,
             copies_share=True,
-            buffers=_zero12,
+            casts_adapters=True,
+            moves_gradients=True,
+            buffers=_zero2,
         ),
         Strategy(
             name="zero3",
@@ -282,6 +365,10 @@ STRATEGIES: dict[str, Strategy] = {
             shards_weights=True,
             shards_gradients=True,
             shards_optimizer=True,
+            copies_share=True,
+            casts_adapters=True,
+            moves_gradients=True,
+            keeps_gradients=True,
             buffers=_zero3,
         ),
         Strategy(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from planner import sharding
 from planner.errors import SetupError
 from planner.methods import peak_learning_rate
 from planner.setup import TrainSetup
-from planner.sharding import ZERO3_REUSE_ELEMENTS, ZERO_BUCKET_ELEMENTS
 
 SUMMARY = "ds_config.json for DeepSpeed's ZeRO stages, with offload"
 
@@ -68,8 +68,8 @@ def _zero(setup: TrainSetup) -> dict[str, Any]:
         section |= {
             "contiguous_gradients": True,
             "overlap_comm": is_zero3,
-            "reduce_bucket_size": ZERO_BUCKET_ELEMENTS,
-            "allgather_bucket_size": ZERO_BUCKET_ELEMENTS,
+            "reduce_bucket_size": sharding.ZERO.bucket,
+            "allgather_bucket_size": sharding.ZERO.bucket,
         }
     on_host = {"device": "cpu", "pin_memory": True}
     if setup.offload != "none":
@@ -77,8 +77,10 @@ def _zero(setup: TrainSetup) -> dict[str, Any]:
     if setup.offload == "params+optimizer":
         section["offload_param"] = on_host
     if is_zero3:
-        section["stage3_max_reuse_distance"] = ZERO3_REUSE_ELEMENTS
-        section["stage3_max_live_parameters"] = ZERO3_REUSE_ELEMENTS
+        section["stage3_max_reuse_distance"] = sharding.ZERO.reuse
+        section["stage3_max_live_parameters"] = sharding.ZERO.reuse
+        section["stage3_prefetch_bucket_size"] = sharding.ZERO.prefetch
+        section["stage3_param_persistence_threshold"] = sharding.ZERO.persistent
         # Otherwise a saved full fine-tune holds placeholders instead of weights.
         section["stage3_gather_16bit_weights_on_model_save"] = True
     return section
