@@ -171,8 +171,8 @@ TEXT = """# Several GPUs: measured on processes, by the closed form and by the t
 
 Made by `python benchmarks/several_gpus.py` from `several-gpus.jsonl`. Each case is a Llama of four layers (hidden 256,
 vocabulary 4,096), run for two optimizer steps on 2 or 4 real processes (CPU, gloo). Every live tensor storage of a rank
-is counted; the figures are the second step's highest moments in MB (10^6 bytes), where ranks differ all of them. Errors are those of the rank that holds most: it
-decides whether a run fits.
+is counted; the figures are the second step's highest moments in MB (10^6 bytes), where ranks differ all of them.
+Errors are those of the rank that holds most: it decides whether a run fits.
 
 | | mean error of the peak | worst | mean error of all phases | worst |
 |---|---|---|---|---|
@@ -184,9 +184,10 @@ decides whether a run fits.
 
 DeepSpeed's reduce bucket has 5e8 elements, 1 GB, by default, and hides the rest of so small a model. In these runs it has
 {buckets} elements, and the closed form takes the same; exported files have the default. Ranks of ZeRO-1 differ: one that has the
-end of the parameters frees more gradients before its flat share is made. Not within 3 %: stage 3 of a model
-larger than its reuse distance (`short reuse`: 1.5e6 elements), where the closed form holds two layers and everything outside the
-layers gathered, which is more than there is.
+end of the parameters frees more gradients before its flat share is made. Not within 3 %:
+stage 3 of a model larger than its reuse distance (`short reuse`: 1.5e6 elements), where the closed form holds two layers and
+everything outside the layers gathered; and stage 2 with a bucket of several layers on 4 ranks, where it takes a full
+bucket's copy to meet the highest moment of a layer. Both are counted high.
 
 FSDP2 is `torch.distributed.fsdp.fully_shard` in accelerate's groups (each layer; embedding; final norm and head; the
 root), DDP is torch's with accelerate's defaults. What this can't show: NCCL's own memory, and what CUDA's side streams
