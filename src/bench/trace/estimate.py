@@ -30,7 +30,7 @@ _UNTRACED: tuple[tuple[str, Callable[[TrainSetup], bool], str], ...] = (
     (
         "objective",
         lambda s: s.objective not in ("sft", "pretrain", "mlm"),
-        "only sft, pretrain and mlm can be traced yet",
+        "`finefit train` can't run it, so there is no step to trace; sft, pretrain and mlm can be traced",
     ),
     (
         "sharding",
@@ -200,8 +200,8 @@ def _memory(traced: TraceResult, closed: Memory, workspace: int, usable_bytes: i
     `usable_bytes` is what torch can have of the card (0: no card, None: unknown).
     """
     phases = {name: peak.num_bytes + workspace for name, peak in traced.phases.items()}
-    # Loading the states back fills tensors that a running step has anyway.
-    phases["resume"] = phases["save"]
+    # No command of finefit's resumes several ranks; each would fill tensors that a running step has.
+    phases.setdefault("resume", phases["save"])
     terms = {**traced.terms, "workspace": traced.terms["temporary"] + workspace}
     terms["context"] = closed.terms["context"]
     terms["fragmentation"] = _fragmentation(traced, workspace, usable_bytes) if usable_bytes != 0 else 0

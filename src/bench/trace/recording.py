@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 CUDA_ROUNDING_BYTES = 512
 """CUDA's caching allocator hands out multiples of this, and counts them as allocated (kMinBlockSize in
@@ -85,6 +85,17 @@ class Recording:
         """Sizes as the device's allocator counts them; what lives on the host counts nothing."""
         unit = self.rounding_bytes
         self._sizes.extend(0 if s.category == HOST else -(-s.num_bytes // unit) * unit for s in self.storages)
+
+    def before(self, step: int) -> Recording:
+        """The recording up to where optimizer step `step` begins."""
+        at = self._first_mark(lambda mark: mark.step >= step)
+        num_storages = sum(event >= 0 for event in self.events[:at])
+        return replace(
+            self,
+            storages=self.storages[:num_storages],
+            events=self.events[:at],
+            marks=[mark for mark in self.marks if mark.step < step],
+        )
 
     def size(self, storage: Storage) -> int:
         """Bytes that a storage takes from the device's allocator."""
@@ -169,7 +180,7 @@ class Recording:
         if not outlives:
             return "temporary"
         is_recomputed = storage.recompute is not None
-        is_state = storage.phase in ("optimizer", "build", "backward") and not is_recomputed
+        is_state = storage.phase in ("optimizer", "build", "backward", "resume") and not is_recomputed
         return "optimizer" if is_state else "activations"
 
     def _is_logits(self, storage: Storage) -> bool:
@@ -182,7 +193,7 @@ class Recording:
         if storage.phase == "backward":
             # What outlives the whole step was made by an optimizer that steps in the backward.
             return self._first_mark(lambda mark: mark.step > storage.step)
-        if storage.phase in ("batch", "build", "forward", "loss", "optimizer"):
+        if storage.phase in ("batch", "build", "forward", "loss", "optimizer", "resume"):
             return self._first_mark(
                 lambda mark: mark.at > storage.allocated_at and mark.phase != storage.phase
             )

@@ -26,6 +26,8 @@ from bench.trace.depth import Depths, PhasePeak, choose_depths, layer_kinds, pha
 from bench.trace.fakes import fill_with_fakes, quantised_tensors
 from bench.trace.ranks import RankTracker, fake_ranks, let_buckets_pass, unseen_propagation
 from bench.trace.recording import CUDA_ROUNDING_BYTES, HOST, Recording, Storage
+from bench.trace.resume import PHASE as RESUME
+from bench.trace.resume import trace_resume
 from bench.trace.scans import device_kernels
 from bench.trace.stacks import apply_stack, stack_loss
 from bench.trace.stitch import NotPeriodicError, stitch
@@ -37,6 +39,7 @@ from planner.sharding import STRATEGIES
 
 NUM_STEPS = 2
 """Optimizer states appear in the first step; the second one is the steady state."""
+RESUME_STEP = NUM_STEPS + 1
 MAX_MICRO_BATCHES = 2
 """From the second micro-batch on, gradients are there; more change nothing."""
 NUM_LARGEST = 10
@@ -113,13 +116,15 @@ def trace(
             depths = Depths(depths.num_layers, None)
         recordings = _record_depths(setup, config, depths, on_gpu, say)
         try:
-            timeline = stitch(recordings, depths) if depths.shallow else recordings[0]
+            steps = [recording.before(RESUME_STEP) for recording in recordings]
+            timeline = stitch(steps, depths) if depths.shallow else steps[0]
         except NotPeriodicError:
             depths = Depths(depths.num_layers, None)
             recordings = _record_depths(setup, config, depths, on_gpu, say)
-            timeline = recordings[0]
+            timeline = recordings[0].before(RESUME_STEP)
     phases = phase_peaks(recordings, depths, NUM_STEPS)
-    phases |= {p: v for p, v in phase_peaks(recordings, depths, 0).items() if p == "load"}
+    for phase, number in (("load", 0), (RESUME, RESUME_STEP)):
+        phases |= {p: v for p, v in phase_peaks(recordings, depths, number).items() if p == phase}
     at = timeline.highest(NUM_STEPS)
     newest = timeline.storages[timeline.events[at]]
     return TraceResult(
@@ -147,7 +152,7 @@ def _record_depths(
     return tuple(recordings)
 
 
-REPORTED = ("load", "forward", "loss", "backward", "optimizer", "save", "eval")
+REPORTED = ("load", "forward", "loss", "backward", "optimizer", "save", "eval", RESUME)
 
 
 def _live_tensor(recording: Recording, storage: Storage) -> LiveTensor:
@@ -245,6 +250,10 @@ def record_on(
         with tensors, tracker:
             _run(step, tracker, setup)
             _mark_paged(tracker, setup, step.optimizer)
+        # Nothing of finefit's resumes several ranks.
+        if setup.num_gpus == 1 and not tracker.has_values:
+            tracker.step = RESUME_STEP
+            trace_resume(setup, step, tracker, tensors)
     config = inner_model(model).config.get_text_config()
     return tracker.recording(
         vocab_size=config.vocab_size,

@@ -121,6 +121,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         if storage._cdata not in self._live:
             dtype = str(tensor.dtype).removeprefix("torch.")
             self.register_storage(storage, op, tuple(tensor.shape), dtype, source)
+            # The step's own tensors are all on the CPU: another device stands for the host.
+            if tensor.device.type != "cpu":
+                self.mark(tensor, HOST)
 
     def register_storage(
         self,
