@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from planner import kernels
 from planner.linears import Linears, Recipe, first_input
-from planner.pointwise import activation
+from planner.pointwise import CLAMPED_SILU, activation
 from planner.specs import LayerSpec, Matrix
 from planner.tape import FULL_WIDTH, ZERO, BlockMemory, Size, Snapshot, Tensor, add, per_token, scale
 
@@ -79,7 +79,7 @@ class Block(Linears):
             context = self.linear(context, roles["o"])
         if layer.dropout:
             context = self.dropped(context)
-        self.tape.hold(x, query, key, value, *others)
+        self.tape.hold(x, query, key, value, *others, *self.joint)
         return context
 
     def _latent(self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec) -> tuple[Tensor, ...]:
@@ -92,8 +92,12 @@ class Block(Linears):
         width_q, width_k = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
         if "qkv" in roles:
             joint = self.linear(x, roles["qkv"])
+            self.joint = (joint,)
             widths = (width_q, width_k, layer.num_kv_heads * layer.value_head_dim)
             query, key, value = (self.tape.part(joint, per_token(joint.width * w)) for w in widths)
+            if not layer.hands_over_groups and layer.num_kv_heads < layer.num_heads:
+                # Falcon picks grouped heads by a list of positions, which copies them.
+                key, value = self._copied(key), self._copied(value)
         else:
             query, key, value = (self._projection(x, roles, part) for part in ("q", "k", "v"))
         if layer.qk_norm != "none":
@@ -236,7 +240,7 @@ class Block(Linears):
         total = tape.run([ordered], per_token(summed * hidden_size), summed)
         total = self.cast(total, x.width, hidden_size)
         # peft keeps what it folded until the experts are done.
-        tape.hold(sorted_experts, order, gathered, weights, out, ordered, *self.folded)
+        tape.hold(sorted_experts, order, gathered, weights, out, ordered, *self.folded, *self.biases)
         return total
 
     def _indices(self, chosen: float, num_temporary: int = 0) -> Tensor:
@@ -284,13 +288,34 @@ class Block(Linears):
             return self.linear(self._activation(hidden, inner, layer), down, share)
         joint = roles.get("gate_up")
         gate = self.linear(x, joint or roles["gate"], share)
+        if joint:
+            half = per_token(gate.width * inner)
+            gate, up = self.tape.part(gate, half), self.tape.part(gate, half)
         active = gate if self.recipe.fused_mlp else self._activation(gate, inner, layer)
-        up = gate if joint else self.linear(x, roles["up"], share)
+        up = self._raised(up, inner, layer) if joint else self.linear(x, roles["up"], share)
         product = self.tape.run([active, up], per_token(gate.width * inner), gate.width, saves=[active, up])
         return self.linear(product, down, share)
 
+    def _raised(self, up: Tensor, num_elements: float, layer: LayerSpec) -> Tensor:
+        """gpt-oss clamps the other half, too, and adds one to it."""
+        if layer.activation != CLAMPED_SILU:
+            return up
+        size = per_token(up.width * num_elements)
+        clamped = self.tape.run([up], size, up.width, saves=[up])
+        raised = self.tape.run([clamped], size, up.width, shares_grad=True)
+        self.tape.hold(clamped)
+        return raised
+
     def _activation(self, x: Tensor, num_elements: float, layer: LayerSpec) -> Tensor:
-        return activation(self.tape, x, num_elements, layer.activation, autocast=self.recipe.autocast)
+        recipe = self.recipe
+        return activation(
+            self.tape,
+            x,
+            num_elements,
+            layer.activation,
+            autocast=recipe.autocast,
+            is_recomputed=recipe.checkpointed and not recipe.reentrant,
+        )
 
 
 def _total(snapshot: Snapshot) -> Size:

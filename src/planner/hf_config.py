@@ -241,6 +241,7 @@ def _layer(
         dropout=any(_given(fam, dims.config, key) for key in fam["dropout_keys"]),
         attention_dropout=any(_given(fam, dims.config, key) for key in fam["attention_dropout_keys"]),
         hands_over_groups=fam["hands_over_groups"],
+        always_masked=fam["always_masked"],
         norm=fam["norm"],
         num_norms=dims.evaluate(fam["num_norms"]),
         wiring="parallel" if dims.evaluate(fam["parallel_if"]) else fam["wiring"],

@@ -145,12 +145,21 @@ def eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpe
     held = query, key, value
     scaled = _scaled(tape, *_operands(tape, (query, key), layer, how), layer)
     masked = _masked(tape, scaled, layer, how)
-    if layer.scores == "sinks":
-        weights = _with_sinks(tape, masked)
-    else:
-        weights = _softmax(tape, masked, layer, given, how)
+    weights = _softmax(tape, masked, layer, given, how)
     tape.hold(masked)
     return _context(tape, weights, value, layer, how, held)
+
+
+def sinks_eager(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
+) -> Tensor:
+    """gpt-oss': a softmax over the scores and a sink, in the scores' own dtype."""
+    given = value.width
+    key, value = repeated(tape, key, value, layer)
+    held = query, key, value
+    scaled = _scaled(tape, *_operands(tape, (query, key), layer, how), layer)
+    weights, named = _with_sinks(tape, _masked(tape, scaled, layer, how), layer, given)
+    return _context(tape, weights, value, layer, how, (*held, *named))
 
 
 def own_eager(
@@ -160,11 +169,7 @@ def own_eager(
     held = query, key, value
     scaled = _scaled(tape, *_operands(tape, (query, key), layer, how), layer)
     masked = _masked(tape, scaled, layer, how)
-    if how.compute:
-        weights = _softmax(tape, masked, layer, value.width, how)
-    else:
-        weights = tape.run([masked], masked.size, masked.width, saves_output=True)
-    tape.hold(masked)
+    weights = _own_softmax(tape, masked, layer, value.width, how)
     return _context(tape, weights, value, layer, how, held)
 
 
@@ -176,11 +181,7 @@ def wide_eager(
     wide = [_widened(tape, t) for t in (query, key)]
     scaled = _scaled(tape, *_operands(tape, (wide[0], wide[1]), layer, how), layer)
     masked = _masked(tape, scaled, layer, how)
-    if masked.width == FULL_WIDTH or how.compute:
-        weights = _softmax(tape, masked, layer, value.width, how)
-    else:
-        weights = tape.run([masked], masked.size, masked.width, saves_output=True)
-    tape.hold(masked)
+    weights = _own_softmax(tape, masked, layer, value.width, how)
     return _context(tape, weights, value, layer, how, (*wide, *held))
 
 
@@ -189,7 +190,9 @@ def alibi_eager(
 ) -> Tensor:
     """BLOOM's: baddbmm adds the distances and scales, in one product."""
     given = query.width
-    held = query, key, value
+    parts = query, key, value
+    query, key, value = (_joined(tape, t, how) for t in parts)
+    held = (*parts, query, key, value)
     operands = _operands(tape, (query, key), layer, how)
     scores = _scores(layer, operands[0].width)
     scaled = tape.run(list(operands), scores, operands[0].width, saves=operands)
@@ -210,17 +213,18 @@ def falcon_eager(
     scores = tape.run(list(operands), _scores(layer, width), width, saves=operands)
     masked = _masked(tape, scores, layer, how)
     out = max(how.mask, FULL_WIDTH if how.compute else 0)
+    wide = masked
     if masked.width < out and not how.is_float16:
-        masked = tape.run([masked], _scores(layer, out), out)
-    weights = tape.run([masked], _scores(layer, out), out, saves_output=True)
-    tape.hold(scores)
+        wide = tape.run([masked], _scores(layer, out), out)
+    weights = tape.run([wide], _scores(layer, out), out, saves_output=True)
+    tape.hold(masked, scores)
     return _context(tape, weights, value, layer, how, held)
 
 
 EAGER: dict[str, Kernel] = {
     "plain": eager,
     "capped": eager,
-    "sinks": eager,
+    "sinks": sinks_eager,
     "own": own_eager,
     "wide": wide_eager,
     "alibi": alibi_eager,
@@ -281,19 +285,45 @@ def _context(
     return copied
 
 
-def _with_sinks(tape: Tape, masked: Tensor) -> Tensor:
-    """In 16 bits over a copy with the sinks, shifted by the largest score."""
-    joined = tape.run([masked], masked.size, masked.width)
-    shifted = tape.run([joined], masked.size, masked.width, shares_grad=True)
-    return tape.run([shifted], masked.size, masked.width, saves_output=True)
+def _with_sinks(
+    tape: Tape, masked: Tensor, layer: LayerSpec, given: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """In the scores' dtype over a copy with a column of sinks, shifted by the largest score; narrowed to `given` bytes.
+
+    The masked scores give their name to the weights; the shifted ones and the softmax keep theirs.
+    """
+    size = add(masked.size, per_token(masked.width * layer.num_heads))
+    joined = tape.run([masked], size, masked.width)
+    shifted = tape.run([joined], size, masked.width, shares_grad=True)
+    weights = tape.run([shifted], size, masked.width, saves_output=True)
+    held = shifted, weights
+    if masked.width != given:
+        weights = tape.run([weights], _scores(layer, given), given)
+    tape.hold(masked)
+    return weights, held
 
 
 def _softmax(tape: Tape, masked: Tensor, layer: LayerSpec, given: int, how: Precision) -> Tensor:
     """In float32, and narrowed to `given` bytes."""
+    weights = _wide_softmax(tape, masked, layer, how)
+    return weights if given == FULL_WIDTH else tape.run([weights], _scores(layer, given), given)
+
+
+def _wide_softmax(tape: Tape, masked: Tensor, layer: LayerSpec, how: Precision) -> Tensor:
     full = _scores(layer, FULL_WIDTH)
     is_wide = masked.width == FULL_WIDTH or how.is_float16
     wide = masked if is_wide else tape.run([masked], full, FULL_WIDTH)
-    weights = tape.run([wide], full, FULL_WIDTH, saves_output=True)
+    return tape.run([wide], full, FULL_WIDTH, saves_output=True)
+
+
+def _own_softmax(tape: Tape, masked: Tensor, layer: LayerSpec, given: int, how: Precision) -> Tensor:
+    """In the scores' dtype, which autocast makes float32; narrowed to `given` bytes once the scores' name is taken."""
+    if not how.compute:
+        weights = tape.run([masked], masked.size, masked.width, saves_output=True)
+        tape.hold(masked)
+        return weights if weights.width == given else tape.run([weights], _scores(layer, given), given)
+    weights = _wide_softmax(tape, masked, layer, how)
+    tape.hold(masked)
     return weights if given == FULL_WIDTH else tape.run([weights], _scores(layer, given), given)
 
 

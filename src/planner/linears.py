@@ -72,6 +72,8 @@ class Linears:
         self.tape = Tape()
         self.ranks = dict(recipe.adapted)
         self.folded: list[Tensor] = []
+        self.biases: list[Tensor] = []
+        self.joint: tuple[Tensor, ...] = ()
 
     def norm(self, x: Tensor, num_elements: int, kind: str, groups: int = 1) -> Tensor:
         """A norm of `planner.pointwise` over `groups` groups (heads) that have `num_elements` elements together."""
@@ -125,7 +127,17 @@ class Linears:
     def _grouped_product(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
         """torch's grouped product, which autocast doesn't know: in the experts' dtype (integrations/moe.py)."""
         x = self.cast(x, self.recipe.weight, matrix.in_features * share)
+        if matrix.num_biases:
+            self._gather_biases(matrix, share)
         return self._multiply(x, None, matrix, share, ACTIVATIONS)
+
+    def _gather_biases(self, matrix: Matrix, share: float) -> None:
+        """A row per token and expert; a variable holds it until the next product's are there."""
+        width = self.recipe.weight
+        rows = self.tape.run([], per_token(width * matrix.out_features * share), width)
+        rows.needs_grad = False
+        self.tape.hold(*self.biases)
+        self.biases = [rows]
 
     def product(self, x: Tensor, matrix: Matrix, share: float, category: int) -> Tensor:
         """x times a weight that isn't packed."""

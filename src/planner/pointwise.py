@@ -115,15 +115,21 @@ _NORMS: dict[str, Callable[[Norm, Tape, Tensor], Tensor]] = {
 }
 
 
-def activation(tape: Tape, x: Tensor, num_elements: float, name: str, *, autocast: bool) -> Tensor:
-    """An activation function by its name in transformers' ACT2FN; one kernel that saves its input unless listed."""
+def activation(
+    tape: Tape, x: Tensor, num_elements: float, name: str, *, autocast: bool, is_recomputed: bool = False
+) -> Tensor:
+    """An activation function by its name in transformers' ACT2FN; one kernel that saves its input unless listed.
+
+    `is_recomputed`: a checkpoint's.
+    """
     size = per_token(x.width * num_elements)
     if name in _SAVE_OUTPUT:
         return tape.run([x], size, x.width, saves_output=True)
     if name == CLAMPED_SILU:
         return _clamped_silu(tape, x, size)
     if name in _COMPOSED_GELU:
-        return _composed_gelu(tape, x, num_elements, FULL_WIDTH if autocast else x.width)
+        width = FULL_WIDTH if autocast else x.width
+        return _composed_gelu(tape, x, num_elements, width, is_recomputed=is_recomputed)
     return tape.run([x], size, x.width, saves=[x])
 
 
@@ -141,18 +147,22 @@ def _clamped_silu(tape: Tape, x: Tensor, size: Size) -> Tensor:
     return tape.run([clamped, sigmoid], size, x.width, saves=[clamped, sigmoid])
 
 
-def _composed_gelu(tape: Tape, x: Tensor, num_elements: float, width: int) -> Tensor:
-    """transformers' NewGELUActivation: 0.5 x (1 + tanh(c (x + 0.044715 x^3))), a tensor for each step.
+def _composed_gelu(tape: Tape, x: Tensor, num_elements: float, width: int, *, is_recomputed: bool) -> Tensor:
+    """transformers' NewGELUActivation: 0.5 x (1 + tanh(c (x + 0.044715 x^3))), a tensor for each step, 0.5 x first.
 
     Under autocast the power is computed in float32, and all that follows it.
     """
     size = per_token(width * num_elements)
+    half = tape.run([x], per_token(x.width * num_elements), x.width)
     base = cast(tape, x, width, num_elements)
     cube = tape.run([base], size, width, saves=[base])
     scaled = tape.run([cube], size, width)
     inner = tape.run([x, scaled], size, width, shares_grad=True)
     inner = tape.run([inner], size, width)
     tanh = tape.run([inner], size, width, saves_output=True)
-    half = tape.run([x], per_token(x.width * num_elements), x.width)
     plus = tape.run([tanh], size, width, shares_grad=True)
-    return tape.run([half, plus], size, width, saves=[half, plus])
+    # The gradient of 0.5 x is as wide as the result until autograd narrows it, beside what the product saved;
+    # a checkpoint has let go of that by then.
+    wide = per_token((width - half.width) * num_elements)
+    widened = wide if is_recomputed or half.width == width else size
+    return tape.run([half, plus], size, width, saves=[half, plus], grad_temp=widened)

@@ -106,7 +106,7 @@ class Run:
         if self.setup.attention != "sdpa":
             return False
         is_beyond = layer.window is not None and seq_len >= layer.window
-        return is_beyond or self.setup.packing or self.setup.padding_free
+        return is_beyond or layer.always_masked or self.setup.packing or self.setup.padding_free
 
     def masks(self, tokens: int, seq_len: int) -> float:
         """Bytes of the masks that layers share: additive for eager attention, else boolean, which rows have in common

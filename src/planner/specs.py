@@ -51,7 +51,8 @@ class LayerSpec:
     state-space mixer) or "none". `qk_norm`: "none", "head" (one weight per element of a head) or "full" (over
     all heads). `scores`: "plain", "capped" by a tanh, or with "sinks" (a logit that no token owns, and a softmax in
     16 bits). `hands_over_groups`: grouped heads reach the attention kernel as they are; False where the model copies
-    them out, or broadcasts a single one, itself.
+    them out, or broadcasts a single one, itself. `always_masked`: torch's attention is given a mask even where its own
+    causal one would do.
     `wiring`: where the norms on the residual stream are, `num_norms` of them: "pre" before attention and feed-forward
     part, "reordered" after each before it is added, "sandwich" both, "post" after each sum, "parallel" before both parts, which read the
     same stream. `norm`: "rmsnorm", "layernorm", either "-wide" (narrowed to 16 bits after the weight, not before)
@@ -76,6 +77,7 @@ class LayerSpec:
     dropout: bool = False
     attention_dropout: bool = False
     hands_over_groups: bool = True
+    always_masked: bool = False
     norm: str = "rmsnorm"
     num_norms: int = 2
     wiring: str = "pre"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -108,10 +108,10 @@ def flash_attention(setup: TrainSetup, model: nn.Module) -> Iterator[None]:
     """
     inner = inner_model(model)
     modeling = sys.modules[type(inner).__module__]
-    # A family that chooses its attention's class when it is built keeps torch's flash kernel.
-    if setup.attention != "flash" or hasattr(modeling, "_flash_attention_forward"):
+    if setup.attention != "flash":
         yield
         return
+    by_class = _flash_classes(modeling)
     if not getattr(inner, "_supports_flash_attn", False):
         raise SetupError(
             "attention", f"{setup.model_label}: transformers has no flash for it; use sdpa or eager"
@@ -121,8 +121,27 @@ def flash_attention(setup: TrainSetup, model: nn.Module) -> Iterator[None]:
     kernel = _packaged_flash
     if repeats_groups(parse_stack(setup.stack), family, setup.attention):
         kernel = _repeating_flash
-    with mock.patch.object(integrations.flash_attention, "_flash_attention_forward", kernel):
+    for module in inner.modules():
+        if type(module) in by_class:
+            module.__class__ = by_class[type(module)]
+            module._flash_attn_uses_top_left_mask = False
+    with ExitStack() as stack:
+        for owner in (integrations.flash_attention, *([modeling] if by_class else [])):
+            replaced = mock.patch.object(owner, "_flash_attention_forward", kernel, create=True)
+            stack.enter_context(replaced)
         yield
+
+
+def _flash_classes(modeling: Any) -> dict[type, type]:
+    """The classes of a family that has one attention class for each kernel, and theirs for the flash-attn package."""
+    suffix = "FlashAttention2"
+    found = (name.removesuffix(suffix) for name in vars(modeling) if name.endswith(suffix))
+    plain = {name: getattr(modeling, f"{name}Attention", None) for name in found}
+    return {
+        attention: getattr(modeling, name + suffix)
+        for name, attention in plain.items()
+        if attention is not None
+    }
 
 
 def _repeating_flash(

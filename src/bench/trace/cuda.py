@@ -210,11 +210,18 @@ def _to_float32(op: Any) -> Callable[..., Any]:
 
 
 def _float32_result(op: Any) -> Callable[..., Any]:
-    """Ask for a float32 result of a 16-bit input unless the caller names a dtype."""
+    """Ask for a float32 result of a 16-bit input unless the caller names a dtype.
+
+    A softmax widens float16 inside its kernel (SoftMax.cpp, half_to_float).
+    """
+    fused = {aten.softmax.int: aten._softmax.default, aten.log_softmax.int: aten._log_softmax.default}.get(op)
     position = [a.name for a in op._schema.arguments].index("dtype")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         named = kwargs.get("dtype") or (args[position] if len(args) > position else None)
+        if named is None and fused is not None and args[0].dtype == torch.float16:
+            with without_autocast():
+                return fused(args[0], args[1], True)
         if named is None and _is_16bit(args[0]):
             args, kwargs = args[:position], {**kwargs, "dtype": torch.float32}
         with without_autocast():
