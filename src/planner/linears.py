@@ -211,13 +211,14 @@ class Linears:
     def _linear_8bit(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
         """bitsandbytes' MatMul8bitLt: rows in float16, then in 8 bits; an int32 product; dequantises in the backward.
 
-        It keeps its input where a checkpoint doesn't find it, until the whole backward is done. Columns of
-        outliers, whose number depends on the data, are left out.
+        It keeps its input where a checkpoint doesn't find it, until the whole backward is done. Outliers are looked
+        for in the magnitudes, 2 bytes each, with a mask of one byte; columns of them, whose number depends on the
+        data, are left out.
         """
         recipe = self.recipe
-        half = per_token(2 * matrix.in_features * share)
         is_half = recipe.is_float16 and x.width == 2
-        rows = self.tape.run([x], per_token(matrix.in_features * share), 1, temp=ZERO if is_half else half)
+        search = per_token((3 if is_half else 2 + 3) * matrix.in_features * share)
+        rows = self.tape.run([x], per_token(matrix.in_features * share), 1, temp=search)
         rows.needs_grad = False
         out = per_token(x.width * matrix.out_features * share)
         # CUDA's kernel writes float16 only (bitsandbytes' backends/cuda/ops.py).

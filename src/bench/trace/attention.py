@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -118,9 +119,10 @@ def flash_attention(setup: TrainSetup, model: nn.Module) -> Iterator[None]:
         )
     inner.config._attn_implementation = "flash_attention_2"
     family = inner.config.get_text_config().model_type
-    kernel = _packaged_flash
+    kernel: Callable[..., torch.Tensor] = _packaged_flash
     if repeats_groups(parse_stack(setup.stack), family, setup.attention):
         kernel = _repeating_flash
+    kernel = partial(kernel, is_packed=setup.packing or setup.padding_free)
     for module in inner.modules():
         if type(module) in by_class:
             module.__class__ = by_class[type(module)]
@@ -158,12 +160,20 @@ def _packaged_flash(
     key: torch.Tensor,
     value: torch.Tensor,
     *_: Any,
+    is_packed: bool = False,
+    position_ids: torch.Tensor | None = None,
     target_dtype: torch.dtype | None = None,
     **__: Any,
 ) -> torch.Tensor:
-    """flash-attn 2 of [batch, tokens, heads, head_dim]; its head is padded to a multiple of 8."""
+    """flash-attn 2 of [batch, tokens, heads, head_dim]; its head is padded to a multiple of 8.
+
+    Positions that begin anew say that a batch of one row is packed: it is copied into one sequence, whatever layout
+    it had (transformers' _is_packed_sequence and _prepare_from_posids).
+    """
     if target_dtype is not None:
         query, key, value = (t.to(target_dtype) for t in (query, key, value))
+    if is_packed and position_ids is not None and len(query) == 1:
+        query, key, value = (t.contiguous() for t in (query, key, value))
     head_dim = query.shape[-1]
     if query.dtype == torch.float32 or head_dim > MAX_FLASH_HEAD_DIM:
         raise SetupError(
