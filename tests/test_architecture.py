@@ -57,8 +57,8 @@ LAYERS = (
     ),
     ("index", "fields", "results", "methods", "dataset", "linears"),
     ("latent",),
+    ("families",),
     (
-        "families",
         "catalog",
         "coefficients",
         "card_prices",

@@ -3,12 +3,15 @@
 from collections import Counter
 
 import pytest
+import transformers
+from transformers.models.auto import modeling_auto
 
 from family_configs import CONFIGS, label
 from planner.families import family, model_types
 from planner.hf_config import model_spec
 from planner.layers import adapter_params, quantised_matrices
 from planner.resolve import profile_spec, profiles
+from planner.setup import CHOICES
 from real_shapes import build_real, differences, real_shapes, spec_shapes
 
 pytestmark = pytest.mark.train
@@ -161,3 +164,25 @@ def test_names_adapt_what_peft_adapts(model_type, targets):
         adapted = get_peft_model(build_real(config), LoraConfig(r=3, target_modules=targets))
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert adapter_params(model_spec(config), targets, 3) == trainable
+
+
+def test_the_attention_kernels_are_those_of_the_real_classes():
+    names = {
+        **modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+    checked = 0
+    for model_type in sorted(t for t in set(model_types()) & set(names) if "text" not in family(t)):
+        real = getattr(transformers, names[model_type])
+        named_otherwise = getattr(real, "_compatible_flash_implementations", None)
+        has = {
+            "sdpa": real._supports_sdpa,
+            "flash": real._supports_flash_attn and not named_otherwise,
+            "eager": True,
+        }
+        assert [name for name in CHOICES["attention"] if has[name]] == list(
+            family(model_type)["attentions"]
+        ), model_type
+        checked += 1
+    assert checked > 40

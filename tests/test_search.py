@@ -282,3 +282,14 @@ def test_any_wishes_give_a_plan_or_one_clear_error(wishes):
         assert str(error)
     else:
         assert found.estimate.fit.verdict == "fits"
+
+
+def test_a_model_without_sdpa_is_planned_with_what_it_has():
+    machine = Machine(gpu=find_gpu("a100-80gb"), num_gpus=1)
+    assert plan({"model": "gemma-2-2b"}, machine).estimate.setup.attention == "flash"
+    old = Machine(gpu=find_gpu("t4"), num_gpus=1)
+    assert plan({"model": "gemma-2-2b", "seq_len": 512}, old).estimate.setup.attention == "eager"
+    with pytest.raises(
+        SetupError, match="attention: transformers has no sdpa for gemma-2-2b; use flash or eager"
+    ):
+        plan({"model": "gemma-2-2b", "attention": "sdpa"}, machine)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from planner.errors import NotModelledError, SetupError
+from planner.families import attentions
 from planner.methods import find_method
 from planner.optimizers import find_optimizer
 from planner.setup import TrainSetup
@@ -82,6 +83,12 @@ def check(setup: TrainSetup, machine: Machine, model: ModelSpec) -> None:
     if setup.objective in ("sft", "pretrain", "dpo") and model.architecture != "decoder":
         raise SetupError(
             "objective", f"{setup.objective} needs a decoder, and {model.name} is an {model.architecture}"
+        )
+    able = attentions(model)
+    if setup.stack is None and setup.attention not in able:
+        raise SetupError(
+            "attention",
+            f"transformers has no {setup.attention} for {model.name}; use {' or '.join(able)}",
         )
     scale = next((name for name in LOGIT_SCALES if model.config.get(name) not in (None, 1)), None)
     if setup.loss != "full" and scale is not None:

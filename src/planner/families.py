@@ -8,6 +8,8 @@ from typing import Any
 
 from planner.errors import NotModelledError, ProfileError, nearest_names
 from planner.index import raw_profiles
+from planner.setup import CHOICES
+from planner.specs import ModelSpec
 
 Family = Mapping[str, Any]
 """An entry of families.toml with everything that it inherits; the file's head explains its keys."""
@@ -39,6 +41,12 @@ def family(model_type: str) -> Family:
         raise NotModelledError(_why_not(model_type))
     parent = entry.get("like")
     return entry if parent is None else merge(family(parent), entry)
+
+
+def attentions(model: ModelSpec) -> tuple[str, ...]:
+    """The attention kernels that today's transformers runs a model with; all where no family says otherwise."""
+    entry = {} if model.is_traced else family(model.family)
+    return tuple(entry.get("attentions", CHOICES["attention"]))
 
 
 def block(name: str) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from planner.errors import NotModelledError, SetupError, UsageError
 from planner.estimate import Estimator, precision_recipe, usable_memory
 from planner.methods import find_method
-from planner.recipes import recipe, shared_by
+from planner.recipes import attention_for, recipe, shared_by
 from planner.resolve import resolve_model
 from planner.results import SCHEMA_VERSION, Estimate
 from planner.setup import TrainSetup
@@ -148,6 +148,7 @@ def table_setup(
         "objective": OBJECTIVES[model.architecture],
         "seq_len": SEQ_LEN,
         **recipe(method, machine.gpu),
+        **attention_for(model, machine.gpu),
         **shared_by(machine.num_gpus),
         **fields,
         "method": method,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from planner.families import attentions
 from planner.methods import find_method
-from planner.specs import GpuProfile
+from planner.setup import CHOICES
+from planner.specs import GpuProfile, ModelSpec
 
 WARMUP_SHARE = 0.03
 """Share of a run's steps with a rising learning rate (QLoRA paper, appendix B)."""
@@ -32,6 +34,14 @@ def recipe(method: str, gpu: GpuProfile) -> dict[str, Any]:
     if trains_base:
         return {**fields, "weights_dtype": "float32", "autocast": "float16"}
     return {**fields, "weights_dtype": "float16", "autocast": "float16"}
+
+
+def attention_for(model: ModelSpec, gpu: GpuProfile) -> dict[str, Any]:
+    """The attention of a model that can't run the default; nothing where it can."""
+    able = attentions(model)
+    if CHOICES["attention"][0] in able:
+        return {}
+    return {"attention": "flash" if "flash" in able and gpu.flash_attention else "eager"}
 
 
 def precise_recipe(method: str, gpu: GpuProfile) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from planner.errors import DoesNotFitError, NotModelledError, SetupError
 from planner.estimate import Estimator, resolve
 from planner.methods import find_method
-from planner.recipes import precise_recipe, recipe, shared_by
+from planner.recipes import attention_for, precise_recipe, recipe, shared_by
 from planner.results import Estimate, Plan, Rejected
 from planner.setup import TrainSetup
 from planner.specs import Machine, ModelSpec
@@ -90,6 +90,7 @@ def plan(
     """
     TrainSetup(**{name: wishes[name] for name in _READ_HERE if name in wishes})
     model = model or open_model(wishes)
+    wishes = {**attention_for(model, machine.gpu), **wishes}
     shape = _shape(wishes, model, lengths, _global_batch(wishes, machine, global_batch))
     rejected: list[Rejected] = []
     errors: list[SetupError | NotModelledError] = []
