@@ -323,7 +323,7 @@ def test_the_command_prints_recorded_beside_replayed(
         ["--snapshot", "x.pickle", "--gpu", "rtx-4090"],
         ["--cases", "x.jsonl", "--plot", "x.svg"],
         ["llama-3.1-8b", "--gpu", "rtx-4090", "--plot", "x.gif"],
-        ["llama-3.1-8b"],
+        pytest.param(["llama-3.1-8b"], marks=pytest.mark.train),
     ],
     ids=" ".join,
 )
