@@ -46,7 +46,19 @@ REFUSED = {
     "xmod": "Input language unknown",
     **dict.fromkeys(
         (
-            *("axk1", "bailing_hybrid", "cohere_compass_text", "dbrx", "deepseek_v2", "dots1", "dots3_note"),
+            *(
+                "axk1",
+                "beam",
+                "codegen",
+                "deepseek_v3",
+                "deepseek_v32",
+                "gptj",
+                "mamba2",
+                "mimo_v2_flash",
+                "youtu",
+                "zaya",
+            ),
+            *("bailing_hybrid", "cohere_compass_text", "dbrx", "deepseek_v2", "dots1", "dots3_note"),
             *("dots3_note_text", "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_text"),
             *("gemma4_unified", "gemma4_unified_assistant", "gemma4_unified_text", "gpt_neo"),
             *("hunyuan_v1_dense", "hunyuan_v1_moe", "kimi_linear", "lfm2_moe", "longcat_flash", "ministral"),
