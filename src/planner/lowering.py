@@ -14,7 +14,7 @@ from planner.optimizers import find_optimizer
 from planner.setup import TrainSetup
 from planner.sharding import STRATEGIES
 from planner.specs import ModelSpec
-from planner.stack import Stack, repeats_groups
+from planner.stack import OWN_LOSS_FAMILIES, Stack, repeats_groups
 from planner.tape import FULL_WIDTH
 from planner.units import DTYPE_BYTES
 
@@ -48,8 +48,8 @@ def block_recipe(
         on_gpu=on_gpu,
         has_flash=has_flash,
         repeats_groups=repeats_groups(stack, model.family, setup.attention),
-        reentrant=stack.is_before("transformers", 5),
-        has_first_grad=stack.is_before("transformers", 5) and setup.checkpointing == "full",
+        reentrant=stack.reentrant,
+        has_first_grad=stack.reentrant and setup.checkpointing == "full",
         checkpointed=setup.checkpointing == "full",
         step_factor=_step_factor(setup),
     )
@@ -83,11 +83,8 @@ def keeps_embeddings(setup: TrainSetup, model: ModelSpec, stack: Stack) -> bool:
 
     Reentrant checkpointing of a frozen base needs that output as a leaf of the graph, which holds it.
     """
-    is_leaf = setup.uses_adapters and setup.checkpointing == "full" and stack.is_before("transformers", 5)
+    is_leaf = setup.uses_adapters and setup.checkpointing == "full" and stack.reentrant
     return is_leaf and model.family in _SCALED_EMBEDDINGS
-
-
-_OWN_LOSS_FAMILIES = ("granite", "granitemoe")
 
 
 LOSS_CHUNK_TOKENS = 512
@@ -97,18 +94,18 @@ LOSS_CHUNK_TOKENS = 512
 def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, evaluates: bool) -> LossBytes:
     """How the loss of the setup's stack treats the logits.
 
-    transformers before 4.50 slices and copies the float32 logits instead of padding the labels, inside the
-    model's forward; before 4.46 it has dropped the 16-bit logits by then, as Granite's own loss has.
+    One that shifts the logits does so in float32, inside the model's forward; the 16-bit ones are gone by then where
+    they were widened first, and under Granite's own loss.
     """
     if setup.loss == "chunked":
         return _chunked_bytes(model, tokens, evaluates)
     if setup.loss == "fused":
         return LossBytes(chunk_tokens=liger_chunk_tokens(model, tokens), widens=False)
-    is_old = stack.is_before("transformers", 4, 50)
-    has_own_loss = model.family in _OWN_LOSS_FAMILIES
+    is_old = stack.shifts_logits
+    has_own_loss = model.family in OWN_LOSS_FAMILIES
     return _all_logits(
         is_old=is_old,
-        keeps_16bit=not (is_old and (has_own_loss or stack.is_before("transformers", 4, 46))),
+        keeps_16bit=not (is_old and (has_own_loss or stack.widens_first)),
         in_place_grad=setup.kernels == "fused",
         scaled=has_own_loss,
         capped=model.logit_softcap,

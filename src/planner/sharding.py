@@ -127,8 +127,9 @@ class Strategy:
     in the dtype of autocast, which then has nothing to cast. `accumulates_whole`: micro-batches before the last run
     without exchange (no_sync, which Trainer and accelerate use unless told `sync_each_batch`), so gradients stay whole.
     `copies_share`: the optimizer steps on a copy of a rank's share of the weights even without master weights.
-    `casts_adapters`: adapters get the dtype of 16-bit weights. `reduces_last`: gradients are whole until the backward is over. `moves_gradients`: each moves into the exchange's
-    buffers as soon as it is made; a rank's share is one flat tensor, which with `keeps_gradients` is there from the start.
+    `casts_adapters`: adapters get the dtype of 16-bit weights. `reduces_last`: gradients are whole until the backward is
+    over. `moves_gradients`: each moves into the exchange's buffers as soon as it is made; a rank's share is one flat
+    tensor, which with `keeps_gradients` is there from the start.
     `reduces_by_group`: a group's gradients are whole until its backward is done; then a rank keeps its share.
     """
 
@@ -150,17 +151,6 @@ class Strategy:
     splits_layers: bool = False
     uses_nccl: bool = True
     buffers: Callable[[Exchanged], Buffers] = _no_buffers
-
-
-def _through_the_step(num_bytes: float) -> Buffers:
-    """The same bytes at every moment of forward and backward."""
-    return Buffers(
-        forward=num_bytes,
-        loss=num_bytes,
-        head_backward=num_bytes,
-        last_layer_backward=num_bytes,
-        first_layer_backward=num_bytes,
-    )
 
 
 def _ddp(exchanged: Exchanged) -> Buffers:

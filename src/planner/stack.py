@@ -30,6 +30,28 @@ class Stack:
         """Experts are separate linears (transformers 4), not one 3-D parameter (5)."""
         return self.is_before("transformers", 5)
 
+    @property
+    def reentrant(self) -> bool:
+        """Checkpoints are reentrant, the Trainer's default until transformers 5."""
+        return self.is_before("transformers", 5)
+
+    @property
+    def shifts_logits(self) -> bool:
+        """The loss shifts the logits and copies them; since transformers 4.50 the labels (loss/loss_utils.py)."""
+        return self.is_before("transformers", 4, 50)
+
+    @property
+    def widens_first(self) -> bool:
+        """The model's forward casts the logits to float32 as it makes them, until transformers 4.46
+        (models/llama/modeling_llama.py).
+        """
+        return self.is_before("transformers", 4, 46)
+
+
+OWN_LOSS_FAMILIES = ("granite", "granitemoe")
+"""Families that scale their logits; where a stack shifts them, their modeling file took the loss itself and dropped
+the 16-bit logits first (transformers 4.48)."""
+
 
 _REPEATED_UNTIL: dict[str, Version] = {
     **dict.fromkeys(("mistral", "mixtral", "qwen2", "phi3", "starcoder2", "zamba"), (4, 48)),

@@ -1,6 +1,6 @@
 """What older library versions did otherwise, so that runs published with them can be traced with today's.
 
-Each rule names the version until which it held and where that stands.
+Which version did what stands in planner.stack.
 """
 
 from __future__ import annotations
@@ -19,26 +19,18 @@ from transformers.integrations import sdpa_attention
 from bench.build import inner_model
 from bench.loss import Batch, Loss, Phase
 from planner.setup import TrainSetup
-from planner.stack import casts_back, parse_stack, repeats_groups
-
-LAST_SHIFTED_LOGITS = (4, 50)
-"""Before it, transformers shifted the logits and copied them (loss/loss_utils.py), since then the labels."""
-LAST_WIDENED_FIRST = (4, 46)
-"""Before it, the model's forward cast the logits to float32 as it made them (models/llama/modeling_llama.py)."""
-OWN_LOSS_FAMILIES = ("granite", "granitemoe")
-"""Families whose modeling file took the loss itself and dropped the 16-bit logits first (transformers 4.48)."""
+from planner.stack import OWN_LOSS_FAMILIES, casts_back, parse_stack, repeats_groups
 
 
 def apply_stack(setup: TrainSetup, model: nn.Module) -> None:
     """Change a built model to what the setup's stack did: its checkpointing, its dtypes, its loss function."""
     stack = parse_stack(setup.stack)
     inner = inner_model(model)
-    if stack.is_before("transformers", *LAST_SHIFTED_LOGITS):
+    if stack.shifts_logits:
         inner.loss_function = shifted_loss
-    if not stack.is_before("transformers", 5):
+    if not stack.reentrant:
         return
     if setup.checkpointing == "full":
-        # The Trainer's default until transformers 5.
         inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
         if setup.uses_adapters:
             inner.enable_input_require_grads()
@@ -62,9 +54,9 @@ def stack_loss(setup: TrainSetup, model: nn.Module) -> Loss | None:
         return None
     stack = parse_stack(setup.stack)
     is_own = inner_model(model).config.model_type in OWN_LOSS_FAMILIES
-    if is_own and stack.is_before("transformers", *LAST_SHIFTED_LOGITS):
+    if is_own and stack.shifts_logits:
         return own_loss
-    return partial(trainer_loss, widens=stack.is_before("transformers", *LAST_WIDENED_FIRST))
+    return partial(trainer_loss, widens=stack.widens_first)
 
 
 @contextmanager
