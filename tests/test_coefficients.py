@@ -148,7 +148,7 @@ def test_fields_that_no_tensor_depends_on_share_coefficients():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 99}', '{"format": 1, "setup": {}}', "\xff" * 10, "[" * 100_000]
+    "text", ["", "{", "[]", '{"format": 99}', '{"format": 2, "setup": {}}', "\xff" * 10, "[" * 100_000]
 )
 def test_a_broken_file_is_named_and_never_a_crash(text, capsys):
     path = written()

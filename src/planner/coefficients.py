@@ -25,7 +25,7 @@ from planner.files import user_cache
 from planner.setup import TrainSetup
 from planner.specs import ModelSpec
 
-FORMAT = 1
+FORMAT = 2
 NUM_LENGTHS, NUM_SIZES = 3, 2
 CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "temporary")
 """What bench.trace.recording tells apart."""

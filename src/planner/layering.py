@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from planner.tape import CATEGORIES, NOTHING, BlockMemory, Size, Snapshot, add, evaluate, scale
+from planner.sizes import sum_of
+from planner.tape import CATEGORIES, BlockMemory, Size, Snapshot, evaluate, scale
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Some of the layers, and the sums of what they hold.
+
+    `num_saving` of them save their input themselves; `has_first`: one with the memory of the model's first layer is
+    among them. The sizes are sums of BlockMemory's, `kept` of all categories.
+    """
+
+    num_layers: int
+    num_saving: int
+    has_first: bool
+    saved: Snapshot
+    kept: Size
+    cached: Size
+    weight_gradients: Size
 
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """One layer, by its memory's number, with how many layers of each memory are before it and after it."""
+    """One layer, by its memory's number: itself, those before it, both together, and those after it."""
 
     number: int
-    before: Mapping[int, int]
-    after: Mapping[int, int]
+    own: Group
+    before: Group
+    until: Group
+    after: Group
 
 
 @dataclass(frozen=True, slots=True)
 class Layering:
-    """The memories of a model's layers, `order` of them from the first to the last layer."""
+    """The memories of a model's layers, `order` of them from the first to the last layer; `whole`: all together."""
 
     memories: tuple[BlockMemory, ...]
     order: tuple[int, ...]
     spots: tuple[Spot, ...]
-
-    @property
-    def counts(self) -> Mapping[int, int]:
-        """Layers of each memory."""
-        return Counter(self.order)
+    whole: Group
 
 
 def lay(memories: Sequence[BlockMemory], order: Sequence[int]) -> Layering:
@@ -42,33 +58,29 @@ def lay(memories: Sequence[BlockMemory], order: Sequence[int]) -> Layering:
     for position, number in enumerate(order):
         first.setdefault(number, position)
         last[number] = position
+
+    def group(numbers: Iterable[int]) -> Group:
+        return _group(memories, Counter(numbers), order[0])
+
     spots = tuple(
-        Spot(order[p], Counter(order[:p]), Counter(order[p + 1 :]))
+        Spot(order[p], group([order[p]]), group(order[:p]), group(order[: p + 1]), group(order[p + 1 :]))
         for p in sorted({*first.values(), *last.values()})
     )
-    return Layering(tuple(memories), tuple(order), spots)
+    return Layering(tuple(memories), tuple(order), spots, group(order))
 
 
-def saved_sum(layering: Layering, counts: Mapping[int, int]) -> Snapshot:
-    """What `counts` layers of each memory save, by category."""
-    total = NOTHING
-    for number, count in counts.items():
-        parts = layering.memories[number].saved
-        total = (
-            add(total[0], scale(parts[0], count)),
-            add(total[1], scale(parts[1], count)),
-            add(total[2], scale(parts[2], count)),
-            add(total[3], scale(parts[3], count)),
-        )
-    return total
-
-
-def sum_of(sizes: Mapping[int, Size], counts: Mapping[int, int]) -> Size:
-    """The sum of `counts` times each memory's size."""
-    total = NOTHING[0]
-    for number, count in counts.items():
-        total = add(total, scale(sizes[number], count))
-    return total
+def _group(memories: Sequence[BlockMemory], counts: Counter[int], first: int) -> Group:
+    layers = [(memories[number], count) for number, count in counts.items()]
+    saved = tuple(sum_of(scale(m.saved[i], n) for m, n in layers) for i in range(len(CATEGORIES)))
+    return Group(
+        num_layers=counts.total(),
+        num_saving=sum(n for m, n in layers if m.saves_input),
+        has_first=counts[first] > 0,
+        saved=(saved[0], saved[1], saved[2], saved[3]),
+        kept=sum_of(scale(size, n) for m, n in layers for size in m.kept),
+        cached=sum_of(scale(m.cached, n) for m, n in layers),
+        weight_gradients=sum_of(scale(m.weight_gradients, n) for m, n in layers),
+    )
 
 
 def by_category(snapshot: Snapshot, tokens: int, seq_len: int) -> dict[str, float]:

@@ -132,8 +132,8 @@ class TracedMemoryModel(MemoryModel):
         for name, terms in found.items():
             workspace = terms.pop("temporary") + self.workspace_bytes
             phases[name] = {**terms, "workspace": workspace}
-        # Loading the states back fills tensors that a running step has anyway.
-        phases["resume"] = phases["save"]
+        # No command of finefit's resumes several ranks; each would fill tensors that a running step has.
+        phases.setdefault("resume", phases["save"])
         return {name: phases[name] for name in PHASES}
 
     def _host_bytes(self) -> int:

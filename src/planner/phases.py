@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from planner.inventory import trained_width
-from planner.layering import Spot, by_category, saved_sum, sum_of
+from planner.layering import Group, Spot, by_category
 from planner.rank import Run
 from planner.tape import Size, evaluate
 
@@ -33,7 +33,7 @@ class Step:
         self.layering = run.layering(tokens, seq_len)
         self.inputs = self._input_bytes(tokens) * setup.grad_accum_steps
         self.mask = run.masks(tokens, seq_len)
-        self.stored = self._stored(self.layering.counts)
+        self.stored = self._stored(self.layering.whole)
 
     def phases(self) -> dict[str, dict[str, float]]:
         """Bytes by term for each phase."""
@@ -69,21 +69,20 @@ class Step:
     def _at(self, size: Size) -> float:
         return evaluate(size, self.tokens, self.seq_len)
 
-    def _stored(self, counts: Mapping[int, int]) -> dict[str, float]:
+    def _stored(self, group: Group) -> dict[str, float]:
         """What those layers keep between their forward and their backward, beside what the whole step holds."""
         kept = {"activations": 0.0, "logits": 0.0, "workspace": 0.0, "gradients": self.held_grads}
         if not self.is_checkpointed:
-            saved = by_category(saved_sum(self.layering, counts), self.tokens, self.seq_len)
+            saved = by_category(group.saved, self.tokens, self.seq_len)
             for name, value in saved.items():
                 kept[name] += value * self.layer_share
-        kept["activations"] += self._stored_inputs(counts) * self.layer_share + self._held_through()
+        kept["activations"] += self._stored_inputs(group) * self.layer_share + self._held_through()
         return kept
 
-    def _stored_inputs(self, counts: Mapping[int, int]) -> float:
-        memories = self.layering.memories
-        stored = sum(n for i, n in counts.items() if self.is_checkpointed or memories[i].saves_input)
-        first = self.layering.order[0]
-        has_first = counts.get(first, 0) > 0 and (self.is_checkpointed or memories[first].saves_input)
+    def _stored_inputs(self, group: Group) -> float:
+        stored = group.num_layers if self.is_checkpointed else group.num_saving
+        first = self.layering.memories[self.layering.order[0]]
+        has_first = group.has_first and (self.is_checkpointed or first.saves_input)
         return stored * self.stream + (self.embedded - self.stream if has_first else 0.0)
 
     def _held_through(self) -> float:
@@ -92,25 +91,22 @@ class Step:
         held += self.mask if self.is_checkpointed else 0.0
         return held + (self.embedded if self.run.keeps_embeddings else 0.0)
 
-    def _escaped(self, counts: Mapping[int, int]) -> dict[str, float]:
+    def _escaped(self, group: Group) -> dict[str, float]:
         """What operations of those layers keep, behind a checkpoint's back too, until the whole backward is done."""
-        memories = self.layering.memories
-        sizes = ((n, size) for i, n in counts.items() for size in memories[i].kept)
-        return {"activations": self.layer_share * sum(n * self._at(size) for n, size in sizes)}
+        return {"activations": self.layer_share * self._at(group.kept)}
 
-    def _cached(self, counts: Mapping[int, int]) -> float:
+    def _cached(self, group: Group) -> float:
         """Autocast's copies of trained matrices that those layers have made, kept until its context ends."""
-        sizes = {i: memory.cached for i, memory in enumerate(self.layering.memories)}
-        return self.layer_share * self._at(sum_of(sizes, counts))
+        return self.layer_share * self._at(group.cached)
 
     def _stored_copies(self) -> dict[str, float]:
         """Those that the layers' saved tensors don't count."""
-        return {"workspace": self._cached(self.layering.counts) if self.is_checkpointed else 0.0}
+        return {"workspace": self._cached(self.layering.whole) if self.is_checkpointed else 0.0}
 
     def _forward(self) -> dict[str, float]:
         """A layer at work, or the head making its logits."""
         exchange = {"workspace": self.run.buffers.loss}
-        escaped = self._escaped(self.layering.counts)
+        escaped = self._escaped(self.layering.whole)
         logits = self._plus(self.stored, escaped, self._stored_copies(), exchange)
         if self.run.setup.loss == "full":
             head = self.run.head(self.tokens, ends_at_logits=True)
@@ -144,35 +140,34 @@ class Step:
         exchange = {"workspace": self.run.buffers.forward}
         escaped = self._escaped(spot.before)
         if self.is_checkpointed:
-            counts = {**spot.before, spot.number: spot.before.get(spot.number, 0) + 1}
             copies = {"workspace": self._cached(spot.before) + self._returned(spot)}
             own = memory.no_grad.at(self.tokens, self.seq_len)
-            return self._plus(self._stored(counts), escaped, copies, exchange, own)
+            return self._plus(self._stored(spot.until), escaped, copies, exchange, own)
         own = memory.forward.at(self.tokens, self.seq_len)
         return self._plus(self._stored(spot.before), escaped, self._forward_variables(spot), exchange, own)
 
     def _forward_variables(self, spot: Spot) -> dict[str, float]:
         """The model's forward holds the embeddings' output, a layer its own input, and both the masks."""
-        streams = 2 if spot.before else 1
+        streams = 2 if spot.before.num_layers else 1
         memories = self.layering.memories
         first = self.layering.order[0]
-        streams -= bool(spot.before) and memories[first].saves_input
+        streams -= spot.before.num_layers > 0 and memories[first].saves_input
         mask = self.mask + self.run.idle_masks(self.tokens, self.seq_len)
         return {"activations": mask + streams * self.stream}
 
     def _returned(self, spot: Spot) -> float:
-        return self.run.returned(self.tokens, self.seq_len) if spot.before else 0.0
+        return self.run.returned(self.tokens, self.seq_len) if spot.before.num_layers else 0.0
 
     def _loss(self) -> dict[str, float]:
         head = self.run.head(self.tokens).forward.at(self.tokens, self.seq_len)
         exchange = {"workspace": self.run.buffers.loss}
-        escaped = self._escaped(self.layering.counts)
+        escaped = self._escaped(self.layering.whole)
         return self._plus(self.stored, escaped, self._stored_copies(), exchange, head)
 
     def _backward(self) -> dict[str, float]:
         """The largest of the loss' own backward, layers', and the embeddings'."""
         head = self.run.head(self.tokens).backward.at(self.tokens, self.seq_len)
-        exchange, escaped = {"workspace": self.run.buffers.head_backward}, self._escaped(self.layering.counts)
+        exchange, escaped = {"workspace": self.run.buffers.head_backward}, self._escaped(self.layering.whole)
         candidates = [self._plus(self.stored, escaped, exchange, head)]
         candidates += [self._layer_backward(spot) for spot in self.layering.spots]
         candidates.append(self._embedding_backward())
@@ -224,14 +219,14 @@ class Step:
         memory = self.layering.memories[spot.number]
         peaks = memory.recompute if self.is_checkpointed else memory.backward
         buffers = self.run.buffers
-        held = buffers.first_layer_backward if spot.after else buffers.last_layer_backward
+        held = buffers.first_layer_backward if spot.after.num_layers else buffers.last_layer_backward
         exchange = {"workspace": held}
-        own = {"activations": self._stored_inputs({spot.number: 1})}
+        own = {"activations": self._stored_inputs(spot.own)}
         if self.run.holds_inputs:
             own["activations"] += self._inputs_behind(spot)
         return self._plus(
             self._stored(spot.before),
-            self._escaped(self.layering.counts),
+            self._escaped(self.layering.whole),
             exchange,
             own,
             self._unmoved(peaks.at(self.tokens, self.seq_len)),
@@ -246,7 +241,7 @@ class Step:
 
     def _inputs_behind(self, spot: Spot) -> float:
         """Inputs of the layers behind this one, and their gradients but for the next one's, which its peak counts."""
-        num_behind = sum(spot.after.values())
+        num_behind = spot.after.num_layers
         return num_behind * self.stream + max(0, num_behind - 1) * self.stream
 
     def _late_grads(self, spot: Spot) -> dict[str, float]:
@@ -257,8 +252,7 @@ class Step:
             return {"gradients": self._embedding_bytes() if run.model.tied_head else 0.0}
         if run.moves_gradients:
             return {"gradients": self.all_grads}
-        sizes = {i: memory.weight_gradients for i, memory in enumerate(self.layering.memories)}
-        after = self.layer_share * self._at(sum_of(sizes, spot.after))
+        after = self.layer_share * self._at(spot.after.weight_gradients)
         return {"gradients": self._share(after) + self._head_grads()}
 
     def _head_grads(self) -> float:
@@ -291,7 +285,7 @@ class Step:
             grads, second = self._layers_grads(), self._embedding_bytes()
         exchange = {"workspace": self.run.buffers.embedding_backward}
         own = {"gradients": grads + second, "activations": self.stream + self._held_through()}
-        return self._plus(own, exchange, self._escaped(self.layering.counts))
+        return self._plus(own, exchange, self._escaped(self.layering.whole))
 
     def _optimizer(self) -> dict[str, float]:
         """The optimizer's step; nothing is left of it where the backward has stepped."""
@@ -308,7 +302,7 @@ class Step:
         setup, run = self.run.setup, self.run
         tokens = self.tokens if setup.eval_batch_size is None else setup.eval_batch_size * self.seq_len
         inputs, stream = self._input_bytes(tokens), self.stream * tokens / self.tokens
-        copies = {"workspace": self._cached(self.layering.counts) + run.buffers.eval_loss}
+        copies = {"workspace": self._cached(self.layering.whole) + run.buffers.eval_loss}
         head = run.head(tokens, evaluates=True).no_grad.at(tokens, self.seq_len)
         peaks = [self._plus(copies, {"activations": inputs}, head)]
         if run.reduces_by_group:
@@ -317,8 +311,8 @@ class Step:
         held = inputs + mask + run.rotary(tokens, self.seq_len)
         layering = run.layering(tokens, self.seq_len, evaluates=True)
         for spot in layering.spots:
-            own = {"activations": held + (2 if spot.before else 1) * stream}
-            returned = run.returned(tokens, self.seq_len) if spot.before else 0.0
+            own = {"activations": held + (2 if spot.before.num_layers else 1) * stream}
+            returned = run.returned(tokens, self.seq_len) if spot.before.num_layers else 0.0
             copies = {"workspace": self._cached(spot.before) + run.buffers.eval + returned}
             peak = layering.memories[spot.number].no_grad.at(tokens, self.seq_len)
             peaks.append(self._plus(own, copies, peak))

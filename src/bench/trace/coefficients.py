@@ -22,7 +22,8 @@ import transformers
 
 from bench.build import build_model, load_config, one_line
 from bench.trace.recording import Recording
-from bench.trace.run import NUM_STEPS, Progress, trace
+from bench.trace.resume import PHASE as RESUME
+from bench.trace.run import NUM_STEPS, Progress, TraceResult, trace
 from planner import __version__
 from planner.coefficients import CATEGORIES, FORMAT, Region, decisive_fields, file_of
 from planner.errors import ConfigError, FinefitError, NotModelledError
@@ -120,7 +121,7 @@ class _Traces:
         self._num_made += 1
         setup = self._setup.with_(micro_batch_size=shape[0], seq_len=shape[1])
         try:
-            timeline = trace(setup, on_gpu=self._on_gpu).timeline
+            traced = trace(setup, on_gpu=self._on_gpu)
         except FinefitError:
             raise
         except Exception as error:
@@ -128,8 +129,8 @@ class _Traces:
             raise FinefitError(
                 f"{setup.model_label}: can't trace its step: {one_line(error):.300}"
             ) from error
-        moments = _moments(timeline)
-        return _Trace(self._program(timeline, moments), moments)
+        moments = {**_moments(traced.timeline), **_apart(traced)}
+        return _Trace(self._program(traced.timeline, moments), moments)
 
     def _program(self, timeline: Recording, moments: Mapping[str, Any]) -> int:
         """A number for the sequence of allocations, without loops over chunks."""
@@ -156,6 +157,15 @@ def _moments(timeline: Recording) -> dict[str, Any]:
             events = chosen.setdefault(mark.phase, [])
             events += [at for at in range(mark.at, end) if timeline.events[at] >= 0]
     return {phase: table[events] for phase, events in chosen.items() if events}
+
+
+def _apart(traced: TraceResult) -> dict[str, Any]:
+    """The phase that comes after the timeline's end, as its one highest moment."""
+    return {
+        phase: np.array([[peak.terms[name] for name in CATEGORIES]], dtype=float)
+        for phase, peak in traced.phases.items()
+        if phase == RESUME
+    }
 
 
 def _divide(traces: _Traces, first: Shape, last: Shape) -> Iterator[Region]:
