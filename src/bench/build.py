@@ -16,6 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from bench.remote_code import refuse_code
+from planner import hub
 from planner.errors import ConfigError, FinefitError, NotModelledError, SetupError
 from planner.methods import find_method
 from planner.resolve import resolve_model
@@ -57,14 +59,18 @@ def one_line(error: Exception) -> str:
 def load_config(setup: TrainSetup, weights: Path | None) -> Any:
     """The model's transformers config: of `weights`, else of the setup's inline config, folder or profile.
 
-    Raises ConfigError where transformers can't read it; code that a model brings along is never run.
+    Raises ConfigError where transformers can't read it, or where it needs code that nobody has trusted.
     """
+    values = _config_values(setup) if weights is None else hub.read_config(weights / "config.json")
+    refuse_code(values, AUTO_CLASSES[setup.objective], setup.model_label)
     try:
         if weights is not None:
-            config = transformers.AutoConfig.from_pretrained(weights, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(
+                weights, local_files_only=True, trust_remote_code=False
+            )
         else:
-            values = dict(_config_values(setup))
-            config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+            options = {key: value for key, value in values.items() if key != "model_type"}
+            config = transformers.AutoConfig.for_model(values["model_type"], **options)
     except (*_BUILD_ERRORS, StrictDataclassError) as error:
         reason = one_line(error)
         raise ConfigError(f"{setup.model_label}: transformers can't read the config: {reason}") from error
@@ -113,6 +119,8 @@ def _base_model(
     options: dict[str, Any] = {
         "dtype": torch_dtype(setup.weights_dtype),
         "attn_implementation": attention,
+        # Without a word, transformers asks on the terminal.
+        "trust_remote_code": False,
     }
     try:
         if source is None:

@@ -148,5 +148,5 @@ def _token_lengths(wishes: Mapping[str, Any]) -> tuple[DataLengths | None, str |
         return row_lengths(wishes)
 
 
-def _trace(setup: TrainSetup, machine: Machine, *, label: str = "trace") -> Estimate:
-    return trace_with_bar(setup, machine, label=label).estimate
+def _trace(setup: TrainSetup, machine: Machine, **how: Any) -> Estimate:
+    return trace_with_bar(setup, machine, **how).estimate

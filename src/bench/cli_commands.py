@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bench.extras import require_train_extra
-from planner.cli_options import SectionedCommand, Session, json_option
+from planner.cli_options import SectionedCommand, Session, json_option, trust_option
 from planner.cli_plan import set_option, summarise
 from planner.errors import DoesNotFitError, FinefitError, NotModelledError
 from planner.planfile import PlanFile, read_plan
@@ -80,6 +80,7 @@ def _predict(plan: PlanFile, machine: Machine, *, force: bool) -> Estimate | Non
 )
 @_device_option
 @_force_option
+@trust_option
 @set_option
 @json_option
 @click.pass_obj
@@ -94,6 +95,7 @@ def bench_command(
     timeout_s: float | None,
     device: str | None,
     force: bool,
+    trust_remote_code: bool,
     settings: tuple[str, ...],
     as_json: bool,
 ) -> int:
@@ -120,6 +122,7 @@ def bench_command(
             device=device,
             random_weights=random_weights,
             timeout_s=timeout_s,
+            trust_remote_code=trust_remote_code,
             progress=ProgressLine(f"{path.name}: "),
         )
         runs.append(run)
@@ -152,6 +155,7 @@ def _worst_exit(runs: list[Measurement]) -> int:
 )
 @_device_option
 @_force_option
+@trust_option
 @set_option
 @json_option
 @click.pass_obj
@@ -166,6 +170,7 @@ def train_command(
     eval_every: int | None,
     device: str | None,
     force: bool,
+    trust_remote_code: bool,
     settings: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -192,6 +197,7 @@ def train_command(
             device=device,
             save_every_steps=save_every,
             eval_every_steps=eval_every,
+            trust_remote_code=trust_remote_code,
         ).to_json()
     click.echo(format_json(summary) if as_json else format_summary(summary, str(folder), terminal_width()))
 

@@ -19,6 +19,7 @@ from planner.cli_options import (
     json_option,
     resolve_machine,
     setup_options,
+    trust_option,
 )
 from planner.cli_plan import case_lines, setup_and_machine
 from planner.cli_tables import complete_model
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Replay a recorded memory snapshot of torch (.pickle, .json).",
 )
+@trust_option
 @setup_options(without=("model",))
 @json_option
 @click.pass_obj
@@ -58,6 +60,7 @@ def trace_command(
     plot: Path | None,
     cases: str | None,
     snapshot: Path | None,
+    trust_remote_code: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -74,11 +77,12 @@ def trace_command(
         _print_snapshot(snapshot, as_json)
         return
     require_train_extra("trace")
+    how = {"all_layers": all_layers, "trust_remote_code": trust_remote_code}
     if cases is not None:
-        _print_cases(session, cases, gpu, all_layers, as_json)
+        _print_cases(session, cases, gpu, how, as_json)
         return
     assert model is not None
-    _print_one(*setup_and_machine(session, model, gpu, fields), all_layers, plot, as_json)
+    _print_one(*setup_and_machine(session, model, gpu, fields), how, plot, as_json)
 
 
 def _check_sources(
@@ -122,23 +126,21 @@ def _bar(label: str) -> Iterator[Progress]:
         yield show
 
 
-def trace_with_bar(
-    setup: TrainSetup, machine: Machine, *, all_layers: bool = False, label: str = "trace"
-) -> Traced:
-    """Trace a setup; on a terminal a bar, named `label`, says how far it is. See bench.trace.estimate.trace_on."""
+def trace_with_bar(setup: TrainSetup, machine: Machine, *, label: str = "trace", **how: bool) -> Traced:
+    """Trace a setup; on a terminal a bar, named `label`, says how far it is. `how` and errors: bench.trace.estimate.trace_on."""
     with _bar(label) as progress, redirect_stdout(sys.stderr):
         progress("loading libraries", 0, 3)
         from bench.trace.estimate import trace_on
 
-        return trace_on(setup, machine, all_layers=all_layers, progress=progress)
+        return trace_on(setup, machine, progress=progress, **how)
 
 
 def _print_one(
-    setup: TrainSetup, machine: Machine, all_layers: bool, plot: Path | None, as_json: bool
+    setup: TrainSetup, machine: Machine, how: dict[str, Any], plot: Path | None, as_json: bool
 ) -> None:
     from bench.trace_text import format_trace
 
-    traced = trace_with_bar(setup, machine, all_layers=all_layers)
+    traced = trace_with_bar(setup, machine, **how)
     if plot is not None:
         _draw(traced, plot)
     click.echo(format_json(traced.to_json()) if as_json else format_trace(traced, terminal_width()))
@@ -163,7 +165,7 @@ def _draw(traced: Traced, path: Path) -> None:
     click.echo(f"wrote {path}", err=True)
 
 
-def _print_cases(session: Session, name: str, gpu: str | None, all_layers: bool, as_json: bool) -> None:
+def _print_cases(session: Session, name: str, gpu: str | None, how: dict[str, Any], as_json: bool) -> None:
     from bench.trace_text import format_trace_line
     from planner.cases import answer_cases
 
@@ -172,7 +174,7 @@ def _print_cases(session: Session, name: str, gpu: str | None, all_layers: bool,
 
     def answer(setup: TrainSetup, machine: Machine) -> Traced:
         label = f"case {count + 1} of {len(lines)}"
-        return trace_with_bar(setup, machine, all_layers=all_layers, label=label)
+        return trace_with_bar(setup, machine, label=label, **how)
 
     def find_machine(words: str, fields: dict[str, Any]) -> Machine:
         return resolve_machine(session, words, fields)

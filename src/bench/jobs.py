@@ -22,7 +22,8 @@ class Job:
     """What to measure: `num_warmup` optimizer steps, then `num_steps` timed ones, one evaluation, one save.
 
     `device`: "cuda", "cpu", or None for what this machine has. `random_weights` measures without the model's
-    weights (memory and time don't depend on their values); `parent_pid` lets an orphaned worker end itself.
+    weights (memory and time don't depend on their values); `parent_pid` lets an orphaned worker end itself; `trust_remote_code` runs
+    the code that the model brings along.
     """
 
     setup: TrainSetup
@@ -32,6 +33,7 @@ class Job:
     random_weights: bool = False
     timeout_s: float | None = None
     parent_pid: int | None = None
+    trust_remote_code: bool = False
 
     def write(self, folder: Path) -> None:
         """Put the job where the worker reads it."""

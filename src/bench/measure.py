@@ -38,13 +38,14 @@ def measure(
     device: str | None = None,
     random_weights: bool = False,
     timeout_s: float | None = None,
+    trust_remote_code: bool = False,
     progress: ProgressCallback = lambda step: None,
     executor: Executor | None = None,
 ) -> Measurement:
     """Run `warmup` and then `steps` optimizer steps of `setup` in a child process, one evaluation and one save.
 
     `predicted` is the estimate's JSON and `gpu` the machine that it is for; both go into the record, which is
-    appended to `results_path` at once. `device`, `random_weights` and `timeout_s`: see Job. A run that fails is
+    appended to `results_path` at once. `device`, `random_weights`, `timeout_s` and `trust_remote_code`: see Job. A run that fails is
     a record too: look at its `outcome`. Raises FinefitError only when the record can't be written, before the run.
     """
     if results_path is not None:
@@ -56,6 +57,7 @@ def measure(
         device=device,
         random_weights=random_weights,
         timeout_s=timeout_s,
+        trust_remote_code=trust_remote_code,
     )
     load = load_per_cpu()
     started = time.gmtime()

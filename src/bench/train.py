@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from bench.artifact import verify_artifact, write_artifact
-from bench.build import build_model, check_runnable, inner_model
+from bench.build import AUTO_CLASSES, build_model, check_runnable, inner_model
 from bench.data import check_vocabulary
 from bench.loss import check_head
 from bench.metrics import memory_peaks
 from bench.quiet import quiet_libraries
+from bench.remote_code import trust_code
 from bench.run import Run
 from bench.rundata import RunData, load_run_data
 from bench.runfolder import RunFolder
@@ -82,12 +83,14 @@ def train(
     device: str | None = None,
     save_every_steps: int | None = None,
     eval_every_steps: int | None = None,
+    trust_remote_code: bool = False,
 ) -> RunSummary:
     """Run a plan to its end in `out_dir`, or on from its newest checkpoint; a finished run's summary as it is.
 
     `resume=False` insists on a new folder; `allow_changes` goes on under a plan that differs from the folder's.
     `device` defaults to CUDA where torch sees it, else the CPU. `save_every_steps` defaults to a tenth of the
-    run; `eval_every_steps` adds evaluations to those before and after. Progress goes to stderr.
+    run; `eval_every_steps` adds evaluations to those before and after. `trust_remote_code` runs the code that the
+    model brings along. Progress goes to stderr.
 
     Raises UsageError and SetupError (exit 2), DataError and FinefitError (1), and InterruptedRunError (33) when
     SIGTERM or SIGINT stopped it after a checkpoint; UnsavedRunError (143) when none could be written.
@@ -101,6 +104,8 @@ def train(
         if finished is not None and not folder.notes:
             return RunSummary(**finished)
         folder.notes += setup_notes(plan.setup)
+        if trust_remote_code:
+            trust_code(plan.setup, AUTO_CLASSES[plan.setup.objective])
         run = _prepare(plan.setup, folder, place, progress, save_every_steps, eval_every_steps)
         # A signal after the last step finds a run that ends by itself in a moment.
         with run.stop:

@@ -108,10 +108,14 @@ class Worker:
 
     def load(self) -> None:
         """Model, optimizer, data and the step itself."""
-        from bench.build import build_model
+        from bench.build import AUTO_CLASSES, build_model
         from bench.meters import PhaseMeter
         from bench.optim import build_optimizer, build_schedule
+        from bench.remote_code import trust_code
         from bench.step import TrainStep
+
+        if self.job.trust_remote_code:
+            trust_code(self.setup, AUTO_CLASSES[self.setup.objective])
 
         weights = self.find_weights()
         self.meter = PhaseMeter(self.counter)

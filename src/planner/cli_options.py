@@ -28,7 +28,7 @@ class Session:
     The planner knows no driver, tokenizer or tensor library: whoever builds the command line fills these in.
     None means that this installation can't do it. `token_lengths` takes TrainSetup fields, among them `data`, and
     gives the rows' lengths or says why they are unknown. `trace` takes a setup, a machine and, by keyword, a `label`
-    for its progress bar.
+    for its progress bar and `trust_remote_code`.
     """
 
     debug: bool = False
@@ -218,6 +218,15 @@ def _local_machine(session: Session, gpu: str, wanted: int | None) -> Machine:
 def json_option(function: F) -> F:
     """`--json`: the answer as JSON on stdout, everything else on stderr."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON (schema_version 1).")(function)
+
+
+def trust_option(function: F) -> F:
+    """`--trust-remote-code`; a flag of commands alone, never of a plan."""
+    return click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run the Python code that the model brings along, where transformers has none for it. Read it first.",
+    )(function)
 
 
 def gpu_option(*, required: bool) -> Callable[[F], F]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from planner.cli_options import (
     json_option,
     resolve_machine,
     setup_options,
+    trust_option,
 )
 from planner.cli_tables import complete_model, online_option
 from planner.errors import FinefitError, UsageError
@@ -56,6 +58,7 @@ def set_option(function: Any) -> Any:
 @click.option(
     "--trace", is_flag=True, help="Trace the model's real step on fake tensors instead of the formulas."
 )
+@trust_option
 @online_option
 @setup_options(without=("model",))
 @json_option
@@ -67,6 +70,7 @@ def estimate_command(
     gpu: str | None,
     cases: str | None,
     trace: bool,
+    trust_remote_code: bool,
     online: bool,
     as_json: bool,
     **options: Any,
@@ -79,10 +83,12 @@ def estimate_command(
     from planner.render_estimate import format_estimate
 
     fields = given_fields(options)
-    answer = _answer(session, trace, online)
+    answer = _answer(session, trace, trust_remote_code, online)
     if cases is not None:
         if model is not None or fields:
-            raise UsageError("--cases takes only --gpu, --trace, --online and --json beside it")
+            raise UsageError(
+                "--cases takes only --gpu, --trace, --trust-remote-code, --online and --json beside it"
+            )
         _print_cases(session, cases, answer, gpu, as_json)
         return 0
     if model is None:
@@ -98,11 +104,13 @@ def exit_code(estimate: Estimate) -> int:
     return DOES_NOT_FIT_EXIT if estimate.fit.verdict == "does-not-fit" else 0
 
 
-def _answer(session: Session, trace: bool, online: bool) -> Answer:
+def _answer(session: Session, trace: bool, trust_remote_code: bool, online: bool) -> Answer:
+    if trust_remote_code and not trace:
+        raise UsageError("--trust-remote-code needs --trace: the formulas run no code")
     if trace and session.trace is None:
         raise FinefitError("tracing needs the training extra: pip install 'finefit[train]'")
     if session.trace is not None and trace:
-        return session.trace
+        return partial(session.trace, trust_remote_code=trust_remote_code)
     return _estimate_online if online else _estimate
 
 

@@ -15,16 +15,29 @@ MAX_CONFIG_BYTES = 2**20
 TIMEOUT_S = 10.0
 HUGGING_FACE = "https://huggingface.co"
 MODELSCOPE_DOMAIN = "www.modelscope.cn"
+CODE_KEY = "code_sha256"
+"""Key of a config for the digest of the Python files beside it, on which a trace of its model depends."""
 _YES = {"1", "ON", "YES", "TRUE"}
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """The JSON object in a config.json. Raises ConfigError naming the file."""
+    """The JSON object in a config.json; with CODE_KEY where the model brings code of its own. Raises ConfigError naming the file."""
     try:
         with path.open("rb") as file:
-            return parse_config(file.read(MAX_CONFIG_BYTES + 1), str(path))
+            config = parse_config(file.read(MAX_CONFIG_BYTES + 1), str(path))
+        return {**config, CODE_KEY: _code_digest(path.parent)} if config.get("auto_map") else config
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror or error}") from error
+
+
+def _code_digest(folder: Path) -> str:
+    """What tells versions of a model's own code apart; it is read, never run."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def parse_config(content: bytes, where: str) -> Mapping[str, Any]:

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
 
-from bench.build import build_model, load_config, one_line
+from bench.build import AUTO_CLASSES, build_model, load_config, one_line
+from bench.remote_code import refuse_code
 from bench.trace.recording import Recording
 from bench.trace.resume import PHASE as RESUME
 from bench.trace.run import NUM_STEPS, Progress, TraceResult, trace
 from planner import __version__
 from planner.coefficients import CATEGORIES, FORMAT, Region, decisive_fields, file_of
-from planner.errors import ConfigError, FinefitError, NotModelledError
+from planner.errors import FinefitError, NotModelledError
 from planner.files import write_atomically
 from planner.optimizers import find_optimizer
 from planner.resolve import read_config
@@ -58,7 +58,7 @@ def learn(setup: TrainSetup, *, on_gpu: bool, progress: Progress | None = None) 
     NotModelledError where no coefficients describe it. Then nothing is written.
     """
     config = read_config(setup.model, revision=setup.revision)
-    _refuse_remote_code(config, setup.model_label)
+    refuse_code(config, AUTO_CLASSES[setup.objective], setup.model_label)
     inline = setup.with_(model=dict(config))
     traces = _Traces(inline, on_gpu=on_gpu, progress=progress)
     shapes = _range(inline, config)
@@ -76,16 +76,6 @@ def learn(setup: TrainSetup, *, on_gpu: bool, progress: Progress | None = None) 
     path = file_of(config, setup, on_gpu=on_gpu)
     write_atomically(path, json.dumps(content) + "\n")
     return path
-
-
-def _refuse_remote_code(config: Mapping[str, Any], label: str) -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING_NAMES:
-        raise ConfigError(
-            f"{label}: needs code of its own (auto_map), which finefit doesn't run; transformers "
-            f"{transformers.__version__} has no model_type {config.get('model_type')!r:.60}"
-        )
 
 
 def _range(setup: TrainSetup, config: Mapping[str, Any]) -> tuple[Shape, Shape]:

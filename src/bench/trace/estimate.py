@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from bench.build import AUTO_CLASSES
+from bench.remote_code import trust_code
 from bench.trace.allocator_rules import AllocatorRules
 from bench.trace.coefficients import learn
 from bench.trace.recording import Recording
@@ -124,14 +126,22 @@ class Traced:
 
 
 def trace_on(
-    setup: TrainSetup, machine: Machine, *, all_layers: bool = False, progress: Progress | None = None
+    setup: TrainSetup,
+    machine: Machine,
+    *,
+    all_layers: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> Traced:
     """Trace the step of `setup` on `machine`; what isn't memory is the closed form's.
 
+    `trust_remote_code` runs the code that the model brings along, where transformers has none for it.
     Raises NotModelledError for what can't be traced, and what planner.estimate.estimate and
     bench.trace.run.trace raise.
     """
     check_traceable(setup)
+    if trust_remote_code:
+        trust_code(setup, AUTO_CLASSES[setup.objective])
     on_gpu = machine.gpu.backend != "cpu"
     buildable = _learnt(setup, on_gpu, progress)
     answer = estimate(setup, machine)
