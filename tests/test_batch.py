@@ -14,7 +14,7 @@ from planner import api
 from planner.catalog import find_gpu
 from planner.errors import SetupError
 from planner.estimate import estimate_many, memory_many, resolve
-from planner.memory import estimate_memory
+from planner.memory import estimate_memory, memory_model
 from planner.setup import TrainSetup
 from planner.specs import Machine
 
@@ -74,6 +74,18 @@ def alone(setup):
 def test_a_batch_says_what_each_setup_alone_says(batch):
     again = [*batch, *reversed(batch)]
     assert list(memory_many(again, MACHINE)) == [alone(setup) for setup in again]
+
+
+@pytest.mark.train
+@given(setups, st.sampled_from(["none", "ddp", "zero3", "fsdp1", "fsdp"]))
+@settings(max_examples=25, deadline=None)
+def test_many_shapes_in_arrays_are_what_each_is_alone(setup, sharding):
+    changed = {"sharding": sharding, "num_gpus": 1 if sharding == "none" else 4}
+    if not setup.optimizer_in_backward:
+        setup = setup.with_(**changed, grad_accum_steps=2)
+    owner = memory_model(setup, resolve(setup))
+    asked = [(rows, length) for rows in (1, 2, 3, 8) for length in (16, 512, 777, 4096, 5000, 9000)]
+    assert owner.at_many([*asked, *asked]) == [owner.at(*shape) for shape in [*asked, *asked]]
 
 
 def test_setups_that_differ_in_their_batch_only_share_all_the_rest():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import fields
+from itertools import islice
 from operator import attrgetter
 from typing import Any
 
@@ -59,12 +60,18 @@ def memory_many(setups: Iterable[TrainSetup], machine: Machine) -> Iterator[Memo
 
     Raises SetupError and what resolving a model raises.
     """
-    batch = _Batch(machine)
-    for setup in setups:
-        owner = batch.memory_model(setup, batch.model(setup))
-        yield owner.at(setup.micro_batch_size, setup.seq_len)
+    batch, todo = _Batch(machine), iter(setups)
+    while part := list(islice(todo, PART_OF_A_BATCH)):
+        owners = [batch.memory_model(setup, batch.model(setup)) for setup in part]
+        asked: dict[MemoryModel, list[tuple[int, int]]] = {}
+        for owner, setup in zip(owners, part, strict=True):
+            asked.setdefault(owner, []).append((setup.micro_batch_size, setup.seq_len))
+        answers = {owner: iter(owner.at_many(shapes)) for owner, shapes in asked.items()}
+        yield from (next(answers[owner]) for owner in owners)
 
 
+PART_OF_A_BATCH = 4096
+"""Setups that are looked at together for what they share."""
 _MOST_KEPT = 1024
 """Models, and setups without their batches, that a batch of setups remembers."""
 _BATCH_FIELDS = ("micro_batch_size", "seq_len")

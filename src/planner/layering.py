@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from planner.shapes import Shape, Terms
 from planner.sizes import sum_of
-from planner.tape import CATEGORIES, BlockMemory, Size, Snapshot, evaluate, scale
+from planner.tape import CATEGORIES, BlockMemory, Size, Snapshot, scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,6 @@ def _group(memories: Sequence[BlockMemory], counts: Counter[int], first: int) ->
     )
 
 
-def by_category(snapshot: Snapshot, tokens: int, seq_len: int) -> dict[str, float]:
-    """A snapshot's bytes for that many tokens in rows of `seq_len`."""
-    return {name: evaluate(size, tokens, seq_len) for name, size in zip(CATEGORIES, snapshot, strict=True)}
+def by_category(snapshot: Snapshot, shape: Shape) -> Terms:
+    """A snapshot's bytes for a batch shape."""
+    return {name: shape.at(size) for name, size in zip(CATEGORIES, snapshot, strict=True)}

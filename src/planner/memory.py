@@ -9,12 +9,16 @@ Left out, and known: the allocator's exact behaviour (see FRAGMENTATION_SHARE).
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import cached_property
+
 from planner.coefficients import load
 from planner.contexts import context_bytes
 from planner.phases import Step
 from planner.rank import Run
 from planner.results import PHASES, Memory
 from planner.setup import TrainSetup
+from planner.shapes import Shape, Shapes, Terms, has_arrays
 from planner.sharding import STRATEGIES
 from planner.specs import ModelSpec
 from planner.units import DTYPE_BYTES, MIB
@@ -42,6 +46,8 @@ CPU_RETAINED_SHARE = 0.4
 """The same on the CPU, for the resident set: blocks below mmap's threshold, which glibc raises to 32 MiB, stay with
 the process when they are freed (mallopt(3), M_MMAP_THRESHOLD). 40 % on a LoRA step of 135 M parameters; with the
 threshold pinned at 1 MiB most of it goes."""
+FEWEST_IN_ARRAYS = 6
+"""Below it, numpy's overhead takes more time than its arithmetic saves."""
 SAFETENSORS_COPIES_KEPT = 2
 """Checkpoints kept on disk."""
 
@@ -72,8 +78,8 @@ class MemoryModel:
             workspace_bytes=self.workspace_bytes,
         )
 
-    def _phases(self, micro_batch_size: int, seq_len: int) -> dict[str, dict[str, float]]:
-        return Step(self.run, micro_batch_size * seq_len, seq_len).phases()
+    def _phases(self, micro_batch_size: int, seq_len: int) -> dict[str, Terms]:
+        return Step(self.run, Shape(micro_batch_size * seq_len, seq_len)).phases()
 
     def at(self, micro_batch_size: int, seq_len: int) -> Memory:
         """Phases and terms for micro-batches of `micro_batch_size` rows of `seq_len` tokens."""
@@ -81,25 +87,67 @@ class MemoryModel:
         totals = {name: round(sum(terms.values())) for name, terms in phases.items()}
         peak_phase = max(PHASES, key=lambda name: totals[name])
         terms = {name: round(value) for name, value in phases[peak_phase].items()}
-        steady = sum(phases["save"].values())
+        return self._memory(totals, peak_phase, terms, sum(phases["save"].values()))
+
+    def at_many(self, shapes: Sequence[tuple[int, int]]) -> list[Memory]:
+        """`at` of each shape, in order; in numpy's arrays where it is installed and enough shapes are alike."""
+        found: dict[tuple[int, int], Memory] = {}
+        for alike in self._alike(shapes):
+            if len(alike) < FEWEST_IN_ARRAYS or not has_arrays():
+                found |= {shape: self.at(*shape) for shape in alike}
+            else:
+                found |= zip(alike, self._in_arrays(alike), strict=True)
+        return [found[shape] for shape in shapes]
+
+    def _alike(self, shapes: Iterable[tuple[int, int]]) -> Iterable[list[tuple[int, int]]]:
+        kinds: dict[Hashable, list[tuple[int, int]]] = {}
+        for rows, length in dict.fromkeys(shapes):
+            kinds.setdefault(self.run.kind(rows * length, length), []).append((rows, length))
+        return kinds.values()
+
+    def _in_arrays(self, alike: Sequence[tuple[int, int]]) -> Iterator[Memory]:
+        shapes = Shapes([rows * length for rows, length in alike], [length for _, length in alike])
+        phases = Step(self.run, shapes).phases()
+        totals = [shapes.each_rounded(sum(phases[name].values())) for name in PHASES]
+        terms = {
+            name: [shapes.each_rounded(values) for values in found.values()] for name, found in phases.items()
+        }
+        steady = shapes.each(sum(phases["save"].values()))
+        for i, total in enumerate(zip(*totals, strict=True)):
+            peak_phase = PHASES[total.index(max(total))]
+            peak = [values[i] for values in terms[peak_phase]]
+            yield self._memory(
+                dict(zip(PHASES, total, strict=True)),
+                peak_phase,
+                dict(zip(phases[peak_phase], peak, strict=True)),
+                steady[i],
+            )
+
+    def _memory(
+        self, totals: dict[str, int], peak_phase: str, terms: dict[str, int], steady: float
+    ) -> Memory:
         kept_share = FRAGMENTATION_SHARE if self.on_gpu else CPU_RETAINED_SHARE
         terms["fragmentation"] = round(kept_share * (totals[peak_phase] - steady))
-        terms["context"] = self._context_bytes() if self.on_gpu else CPU_CONTEXT_BYTES
+        terms["context"] = self._context_bytes
         return Memory(
             phases=totals,
             terms=terms,
             peak_phase=peak_phase,
-            host_bytes=self._host_bytes(),
-            disk_bytes=self._disk_bytes(),
+            host_bytes=self._host_bytes,
+            disk_bytes=self._disk_bytes,
         )
 
+    @cached_property
     def _context_bytes(self) -> int:
+        if not self.on_gpu:
+            return CPU_CONTEXT_BYTES
         if not STRATEGIES[self.setup.sharding].uses_nccl or self.setup.num_gpus == 1:
             return context_bytes(self.capability)
         return context_bytes(self.capability) + (
             NCCL_BYTES if self.setup.num_gpus == 2 else NCCL_MANY_RANKS_BYTES
         )
 
+    @cached_property
     def _host_bytes(self) -> int:
         """Loading needs one copy of the weights per rank; offloaded and paged states stay."""
         inv = self.run.inventory
@@ -111,6 +159,7 @@ class MemoryModel:
             states += inv.weights_bytes
         return round(load + states)
 
+    @cached_property
     def _disk_bytes(self) -> int:
         """Checkpoints (trained weights and optimizer states) and the final save."""
         inv = self.run.inventory
@@ -126,7 +175,7 @@ class TracedMemoryModel(MemoryModel):
         """Raises NotModelledError where this setup wasn't traced."""
         self.coefficients = load(self.model, self.setup, on_gpu=self.on_gpu)
 
-    def _phases(self, micro_batch_size: int, seq_len: int) -> dict[str, dict[str, float]]:
+    def _phases(self, micro_batch_size: int, seq_len: int) -> dict[str, Terms]:
         found = self.coefficients.at(micro_batch_size, seq_len)
         phases = {}
         for name, terms in found.items():
@@ -136,11 +185,17 @@ class TracedMemoryModel(MemoryModel):
         phases.setdefault("resume", phases["save"])
         return {name: phases[name] for name in PHASES}
 
+    def at_many(self, shapes: Sequence[tuple[int, int]]) -> list[Memory]:
+        """See MemoryModel."""
+        return [self.at(*shape) for shape in shapes]
+
+    @cached_property
     def _host_bytes(self) -> int:
         """Loading needs one copy of the weights; paged states stay."""
         width = DTYPE_BYTES[self.setup.weights_dtype]
         return round(self.model.num_params * width + self.coefficients.host_states_bytes)
 
+    @cached_property
     def _disk_bytes(self) -> int:
         trained, length = self.coefficients.trained_bytes, self.model.max_positions or 1
         states = self.coefficients.at(1, length)["save"]["optimizer"] + self.coefficients.host_states_bytes

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 from planner.inventory import trained_width
 from planner.layering import Group, Spot, by_category
 from planner.rank import Run
-from planner.tape import Size, evaluate
+from planner.shapes import Shape, Terms
 
 INDEX_BYTES = 8
 """Token ids, labels and positions are int64."""
 
 
 class Step:
-    """The phases of one optimizer step for one batch shape."""
+    """The phases of one optimizer step for one batch shape, or for many that differ in nothing but sizes."""
 
-    def __init__(self, run: Run, tokens: int, seq_len: int) -> None:
-        self.run, self.tokens, self.seq_len = run, tokens, seq_len
-        setup = run.setup
+    def __init__(self, run: Run, shape: Shape) -> None:
+        self.run, self.shape = run, shape
+        setup, tokens = run.setup, shape.tokens
         self.is_checkpointed = setup.checkpointing == "full"
         stages = setup.num_gpus if run.strategy.splits_layers else 1
         self.layer_share = 1 / stages
-        self.stream = float(tokens * run.recipe.stream * run.model.hidden_size)
+        self.stream = 1.0 * tokens * run.recipe.stream * run.model.hidden_size
         first_width = run.recipe.stream if run.model.norms_embeddings else run.recipe.weight
-        self.embedded = float(tokens * first_width * run.model.hidden_size)
+        self.embedded = 1.0 * tokens * first_width * run.model.hidden_size
         self.all_grads = 0.0 if setup.optimizer_in_backward else run.gradients_per_rank()
         self.held_grads = (
             run.accumulated_gradients() if self.all_grads and setup.grad_accum_steps > 1 else 0.0
         )
         self.base = run.static()
-        self.layering = run.layering(tokens, seq_len)
+        self.layering = run.layering(shape)
         self.inputs = self._input_bytes(tokens) * setup.grad_accum_steps
-        self.mask = run.masks(tokens, seq_len)
+        self.mask = run.masks(shape)
         self.stored = self._stored(self.layering.whole)
 
-    def phases(self) -> dict[str, dict[str, float]]:
+    def phases(self) -> dict[str, Terms]:
         """Bytes by term for each phase."""
         return {
             "load": self._plus(self._before_states()),
@@ -48,74 +48,71 @@ class Step:
             "resume": self._plus({"gradients": self.all_grads}),
         }
 
-    def _input_bytes(self, tokens: int) -> float:
+    def _input_bytes(self, tokens: Any) -> Any:
         """A micro-batch: ids and labels, and positions where finefit's own step gives them."""
         return INDEX_BYTES * (2 if self.run.setup.stack else 3) * tokens
 
-    def _before_states(self) -> dict[str, float]:
+    def _before_states(self) -> Terms:
         """Loading: everything that is there before the optimizer's first step has made its states."""
         return {
             "optimizer": self.run.copied_bytes - self.base["optimizer"],
             "workspace": -self.run.buffers.kept,
         }
 
-    def _plus(self, *parts: Mapping[str, float]) -> dict[str, float]:
+    def _plus(self, *parts: Terms) -> Terms:
         total = dict(self.base)
         for part in parts:
             for name, value in part.items():
                 total[name] += value
         return total
 
-    def _at(self, size: Size) -> float:
-        return evaluate(size, self.tokens, self.seq_len)
-
-    def _stored(self, group: Group) -> dict[str, float]:
+    def _stored(self, group: Group) -> Terms:
         """What those layers keep between their forward and their backward, beside what the whole step holds."""
         kept = {"activations": 0.0, "logits": 0.0, "workspace": 0.0, "gradients": self.held_grads}
         if not self.is_checkpointed:
-            saved = by_category(group.saved, self.tokens, self.seq_len)
+            saved = by_category(group.saved, self.shape)
             for name, value in saved.items():
                 kept[name] += value * self.layer_share
         kept["activations"] += self._stored_inputs(group) * self.layer_share + self._held_through()
         return kept
 
-    def _stored_inputs(self, group: Group) -> float:
+    def _stored_inputs(self, group: Group) -> Any:
         stored = group.num_layers if self.is_checkpointed else group.num_saving
         first = self.layering.memories[self.layering.order[0]]
         has_first = group.has_first and (self.is_checkpointed or first.saves_input)
         return stored * self.stream + (self.embedded - self.stream if has_first else 0.0)
 
-    def _held_through(self) -> float:
+    def _held_through(self) -> Any:
         """What lives from the forward until the last backward: tables, checkpoints' arguments, what escapes them."""
-        held = self.inputs + self.run.rotary(self.tokens, self.seq_len)
+        held = self.inputs + self.run.rotary(self.shape)
         held += self.mask if self.is_checkpointed else 0.0
         return held + (self.embedded if self.run.keeps_embeddings else 0.0)
 
-    def _escaped(self, group: Group) -> dict[str, float]:
+    def _escaped(self, group: Group) -> Terms:
         """What operations of those layers keep, behind a checkpoint's back too, until the whole backward is done."""
-        return {"activations": self.layer_share * self._at(group.kept)}
+        return {"activations": self.layer_share * self.shape.at(group.kept)}
 
-    def _cached(self, group: Group) -> float:
+    def _cached(self, group: Group) -> Any:
         """Autocast's copies of trained matrices that those layers have made, kept until its context ends."""
-        return self.layer_share * self._at(group.cached)
+        return self.layer_share * self.shape.at(group.cached)
 
-    def _stored_copies(self) -> dict[str, float]:
+    def _stored_copies(self) -> Terms:
         """Those that the layers' saved tensors don't count."""
         return {"workspace": self._cached(self.layering.whole) if self.is_checkpointed else 0.0}
 
-    def _forward(self) -> dict[str, float]:
+    def _forward(self) -> Terms:
         """A layer at work, or the head making its logits."""
         exchange = {"workspace": self.run.buffers.loss}
         escaped = self._escaped(self.layering.whole)
         logits = self._plus(self.stored, escaped, self._stored_copies(), exchange)
         if self.run.setup.loss == "full":
-            head = self.run.head(self.tokens, ends_at_logits=True)
-            own = head.forward.at(self.tokens, self.seq_len)
+            head = self.run.head(self.shape, ends_at_logits=True)
+            own = self.shape.peak(head.forward)
             logits = self._plus(self.stored, escaped, self._stored_copies(), exchange, own)
         layers = (self._layer_forward(spot) for spot in self.layering.spots)
-        return highest([logits, *layers, *self._gathers()])
+        return self.shape.highest([logits, *layers, *self._gathers()])
 
-    def _gathers(self) -> list[dict[str, float]]:
+    def _gathers(self) -> list[Terms]:
         """Moments at which the weights of the last layer, or of the model's end, have just arrived."""
         if not self.run.reduces_by_group:
             return []
@@ -123,65 +120,66 @@ class Step:
         at_layer, at_tail = {"workspace": buffers.layer_gather}, {"workspace": buffers.tail_gather}
         at_first = {"workspace": buffers.first_gather, "gradients": self.held_grads}
         return [
-            self._plus(at_first, {"activations": float(self.stream)}),
+            self._plus(at_first, {"activations": self.stream}),
             self._plus(self.stored, self._without_own(last), at_layer),
             self._plus(self.stored, at_tail),
         ]
 
-    def _without_own(self, number: int) -> dict[str, float]:
+    def _without_own(self, number: int) -> Terms:
         """A peak of a layer that isn't recomputed counts what it saved itself; take it out of the stored."""
         if self.is_checkpointed:
             return {}
-        saved = by_category(self.layering.memories[number].saved, self.tokens, self.seq_len)
+        saved = by_category(self.layering.memories[number].saved, self.shape)
         return {name: -value for name, value in saved.items()}
 
-    def _layer_forward(self, spot: Spot) -> dict[str, float]:
+    def _layer_forward(self, spot: Spot) -> Terms:
         memory = self.layering.memories[spot.number]
         exchange = {"workspace": self.run.buffers.forward}
         escaped = self._escaped(spot.before)
         if self.is_checkpointed:
             copies = {"workspace": self._cached(spot.before) + self._returned(spot)}
-            own = memory.no_grad.at(self.tokens, self.seq_len)
+            own = self.shape.peak(memory.no_grad)
             return self._plus(self._stored(spot.until), escaped, copies, exchange, own)
-        own = memory.forward.at(self.tokens, self.seq_len)
+        own = self.shape.peak(memory.forward)
         return self._plus(self._stored(spot.before), escaped, self._forward_variables(spot), exchange, own)
 
-    def _forward_variables(self, spot: Spot) -> dict[str, float]:
+    def _forward_variables(self, spot: Spot) -> Terms:
         """The model's forward holds the embeddings' output, a layer its own input, and both the masks."""
         streams = 2 if spot.before.num_layers else 1
         memories = self.layering.memories
         first = self.layering.order[0]
         streams -= spot.before.num_layers > 0 and memories[first].saves_input
-        mask = self.mask + self.run.idle_masks(self.tokens, self.seq_len)
+        mask = self.mask + self.run.idle_masks(self.shape)
         return {"activations": mask + streams * self.stream}
 
-    def _returned(self, spot: Spot) -> float:
-        return self.run.returned(self.tokens, self.seq_len) if spot.before.num_layers else 0.0
+    def _returned(self, spot: Spot) -> Any:
+        return self.run.returned(self.shape) if spot.before.num_layers else 0.0
 
-    def _loss(self) -> dict[str, float]:
-        head = self.run.head(self.tokens).forward.at(self.tokens, self.seq_len)
+    def _loss(self) -> Terms:
+        head = self.shape.peak(self.run.head(self.shape).forward)
         exchange = {"workspace": self.run.buffers.loss}
         escaped = self._escaped(self.layering.whole)
         return self._plus(self.stored, escaped, self._stored_copies(), exchange, head)
 
-    def _backward(self) -> dict[str, float]:
+    def _backward(self) -> Terms:
         """The largest of the loss' own backward, layers', and the embeddings'."""
-        head = self.run.head(self.tokens).backward.at(self.tokens, self.seq_len)
+        head = self.shape.peak(self.run.head(self.shape).backward)
         exchange, escaped = {"workspace": self.run.buffers.head_backward}, self._escaped(self.layering.whole)
         candidates = [self._plus(self.stored, escaped, exchange, head)]
         candidates += [self._layer_backward(spot) for spot in self.layering.spots]
         candidates.append(self._embedding_backward())
-        return highest([*candidates, *self._reductions()])
+        return self.shape.highest([*candidates, *self._reductions()])
 
-    def _reductions(self) -> list[dict[str, float]]:
+    def _reductions(self) -> list[Terms]:
         """Moments at which a group's whole gradients are about to become a rank's share."""
         run = self.run
         if not run.reduces_by_group:
             return []
-        logits = run.recipe.compute * self.tokens * run.model.vocab_size if run.setup.loss == "full" else 0
-        at_head = {"workspace": run.buffers.head_product, "logits": float(logits)}
+        vocab_size = run.model.vocab_size if run.setup.loss == "full" else 0
+        logits = 1.0 * run.recipe.compute * self.shape.tokens * vocab_size
+        at_head = {"workspace": run.buffers.head_product, "logits": logits}
         at_layer, ahead = (
-            {"workspace": held, "activations": float(self.stream)}
+            {"workspace": held, "activations": self.stream}
             for held in (run.buffers.layer_reduce, run.buffers.prefetch)
         )
         at_embedding = {"workspace": run.buffers.embedding_reduce, "gradients": self._layers_grads()}
@@ -194,7 +192,7 @@ class Step:
             candidates += [self._plus(moment, self._first_grads(spot)) for moment in (at_layer, ahead)]
         return candidates
 
-    def _first_grads(self, spot: Spot) -> dict[str, float]:
+    def _first_grads(self, spot: Spot) -> Terms:
         """All gradients but those that the first layer and the embedding are about to make."""
         if self.held_grads:
             return {"gradients": self.held_grads}
@@ -215,7 +213,7 @@ class Step:
         made = run.recipe.adapter if run.setup.uses_adapters else run.recipe.weight
         return whole_gradients * trained_width(run.setup) / made / run.gradient_ranks
 
-    def _layer_backward(self, spot: Spot) -> dict[str, float]:
+    def _layer_backward(self, spot: Spot) -> Terms:
         memory = self.layering.memories[spot.number]
         peaks = memory.recompute if self.is_checkpointed else memory.backward
         buffers = self.run.buffers
@@ -229,22 +227,22 @@ class Step:
             self._escaped(self.layering.whole),
             exchange,
             own,
-            self._unmoved(peaks.at(self.tokens, self.seq_len)),
+            self._unmoved(self.shape.peak(peaks)),
             self._late_grads(spot),
         )
 
-    def _unmoved(self, peak: dict[str, float]) -> dict[str, float]:
+    def _unmoved(self, peak: Terms) -> Terms:
         """A layer's peak without the gradients that have moved into the exchange's buffers: all but the newest."""
         if not self.run.moves_gradients:
             return peak
-        return peak | {"gradients": min(peak["gradients"], float(self.run.newest_gradient))}
+        return peak | {"gradients": self.shape.least(peak["gradients"], float(self.run.newest_gradient))}
 
-    def _inputs_behind(self, spot: Spot) -> float:
+    def _inputs_behind(self, spot: Spot) -> Any:
         """Inputs of the layers behind this one, and their gradients but for the next one's, which its peak counts."""
         num_behind = spot.after.num_layers
         return num_behind * self.stream + max(0, num_behind - 1) * self.stream
 
-    def _late_grads(self, spot: Spot) -> dict[str, float]:
+    def _late_grads(self, spot: Spot) -> Terms:
         """Gradients of head, final norm and the layers behind this one."""
         run = self.run
         if self.held_grads or run.setup.optimizer_in_backward:
@@ -252,7 +250,7 @@ class Step:
             return {"gradients": self._embedding_bytes() if run.model.tied_head else 0.0}
         if run.moves_gradients:
             return {"gradients": self.all_grads}
-        after = self.layer_share * self._at(spot.after.weight_gradients)
+        after = self.layer_share * self.shape.at(spot.after.weight_gradients)
         return {"gradients": self._share(after) + self._head_grads()}
 
     def _head_grads(self) -> float:
@@ -271,7 +269,7 @@ class Step:
             return 0.0
         return run.model.token_embedding_params * run.recipe.weight
 
-    def _embedding_backward(self) -> dict[str, float]:
+    def _embedding_backward(self) -> Terms:
         """The embedding's dense gradient beside all others.
 
         With a tied head it is added to the head's, which is a view of a product: out of place.
@@ -287,7 +285,7 @@ class Step:
         own = {"gradients": grads + second, "activations": self.stream + self._held_through()}
         return self._plus(own, exchange, self._escaped(self.layering.whole))
 
-    def _optimizer(self) -> dict[str, float]:
+    def _optimizer(self) -> Terms:
         """The optimizer's step; nothing is left of it where the backward has stepped."""
         setup, inventory = self.run.setup, self.run.inventory
         share = setup.num_gpus if self.run.strategy.shards_optimizer else 1
@@ -297,28 +295,23 @@ class Step:
         own = {"gradients": self.all_grads, "optimizer": step, "activations": self.inputs}
         return self._plus(own, exchange)
 
-    def _eval(self) -> dict[str, float]:
+    def _eval(self) -> Terms:
         """The head, or a layer beside its input and the embeddings' output, which the model's forward holds."""
         setup, run = self.run.setup, self.run
-        tokens = self.tokens if setup.eval_batch_size is None else setup.eval_batch_size * self.seq_len
-        inputs, stream = self._input_bytes(tokens), self.stream * tokens / self.tokens
+        shape = self.shape if setup.eval_batch_size is None else self.shape.with_rows(setup.eval_batch_size)
+        inputs, stream = self._input_bytes(shape.tokens), self.stream * shape.tokens / self.shape.tokens
         copies = {"workspace": self._cached(self.layering.whole) + run.buffers.eval_loss}
-        head = run.head(tokens, evaluates=True).no_grad.at(tokens, self.seq_len)
+        head = shape.peak(run.head(shape, evaluates=True).no_grad)
         peaks = [self._plus(copies, {"activations": inputs}, head)]
         if run.reduces_by_group:
             peaks.append(self._plus({"activations": 2 * stream}, {"workspace": run.buffers.eval_gather}))
-        mask = run.masks(tokens, self.seq_len) + run.idle_masks(tokens, self.seq_len)
-        held = inputs + mask + run.rotary(tokens, self.seq_len)
-        layering = run.layering(tokens, self.seq_len, evaluates=True)
+        mask = run.masks(shape) + run.idle_masks(shape)
+        held = inputs + mask + run.rotary(shape)
+        layering = run.layering(shape, evaluates=True)
         for spot in layering.spots:
             own = {"activations": held + (2 if spot.before.num_layers else 1) * stream}
-            returned = run.returned(tokens, self.seq_len) if spot.before.num_layers else 0.0
+            returned = run.returned(shape) if spot.before.num_layers else 0.0
             copies = {"workspace": self._cached(spot.before) + run.buffers.eval + returned}
-            peak = layering.memories[spot.number].no_grad.at(tokens, self.seq_len)
+            peak = shape.peak(layering.memories[spot.number].no_grad)
             peaks.append(self._plus(own, copies, peak))
-        return highest(peaks)
-
-
-def highest(candidates: list[dict[str, float]]) -> dict[str, float]:
-    """The candidate with the largest sum."""
-    return max(candidates, key=lambda terms: sum(terms.values()))
+        return shape.highest(peaks)

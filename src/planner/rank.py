@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import replace
+from typing import Any
 
 from planner.blocks import layer_memory
 from planner.exchange import exchanged, largest_layer_gradient
@@ -14,6 +16,7 @@ from planner.linears import Recipe
 from planner.lowering import block_recipe, keeps_embeddings, loss_bytes
 from planner.results import ALLOCATED_TERMS
 from planner.setup import TrainSetup
+from planner.shapes import Shape
 from planner.sharding import STRATEGIES, Buffers
 from planner.specs import LayerSpec, ModelSpec
 from planner.stack import parse_stack
@@ -70,7 +73,7 @@ class Run:
         self._stack = parse_stack(setup.stack)
         self.keeps_embeddings = keeps_embeddings(setup, model, self._stack)
         self.recipe = block_recipe(setup, model, self._stack, on_gpu=on_gpu, has_flash=has_flash)
-        self._heads: dict[tuple[int, bool, bool], BlockMemory] = {}
+        self._heads: dict[LossBytes, BlockMemory] = {}
         self._head_recipe = _without_layers(self.recipe)
         self._recipes: dict[tuple[bool, bool], Recipe] = {}
         self._ranks = setup.num_gpus
@@ -82,8 +85,17 @@ class Run:
             self.buffers = self.strategy.buffers(groups)
             self.newest_gradient = largest_layer_gradient(setup, model)
 
-    def layering(self, tokens: int, seq_len: int, *, evaluates: bool = False) -> Layering:
+    def kind(self, tokens: int, seq_len: int) -> Hashable:
+        """What is equal for two batch shapes whose memory differs in nothing but sizes: a planner.shapes.Shapes."""
+        setup = self.setup
+        masked = tuple(self._is_masked(layer, seq_len) for layer in self.model.layers)
+        eval_tokens = tokens if setup.eval_batch_size is None else setup.eval_batch_size * seq_len
+        chunks = (self._loss_bytes(tokens, False), self._loss_bytes(eval_tokens, True))
+        return masked, tokens <= seq_len, chunks
+
+    def layering(self, shape: Shape, *, evaluates: bool = False) -> Layering:
         """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
+        tokens, seq_len = shape.one
         masked = tuple(self._is_masked(layer, seq_len) for layer in self.model.layers)
         return _layering(self.model, self._recipe(evaluates and self._drops, tokens <= seq_len), masked)
 
@@ -108,7 +120,7 @@ class Run:
         is_beyond = layer.window is not None and seq_len >= layer.window
         return is_beyond or layer.always_masked or self.setup.packing or self.setup.padding_free
 
-    def masks(self, tokens: int, seq_len: int) -> float:
+    def masks(self, shape: Shape) -> Any:
         """Bytes of the masks that layers share: additive for eager attention, else boolean, which rows have in common
         unless documents make each row's its own.
 
@@ -116,22 +128,22 @@ class Run:
         """
         windows = {layer.window for layer in self.model.layers}
         if self.setup.attention == "eager":
-            return self._mask_bytes(len(windows), tokens, seq_len)
-        masked = {layer.window for layer in self.model.layers if self._is_masked(layer, seq_len)}
-        return self._mask_bytes(len(masked), tokens, seq_len)
+            return self._mask_bytes(len(windows), shape)
+        masked = {layer.window for layer in self.model.layers if self._is_masked(layer, shape.one[1])}
+        return self._mask_bytes(len(masked), shape)
 
-    def idle_masks(self, tokens: int, seq_len: int) -> float:
+    def idle_masks(self, shape: Shape) -> Any:
         """Bytes of the mask for a window that no layer has: the model's forward alone holds it."""
         is_made = self.model.makes_both_masks and self.setup.attention != "flash"
         is_idle = is_made and len({layer.window for layer in self.model.layers}) == 1
-        return self._mask_bytes(int(is_idle), tokens, seq_len)
+        return self._mask_bytes(int(is_idle), shape)
 
-    def _mask_bytes(self, num_masks: int, tokens: int, seq_len: int) -> float:
+    def _mask_bytes(self, num_masks: int, shape: Shape) -> Any:
         if self.setup.attention == "eager":
-            return float(self.recipe.mask * num_masks * tokens * seq_len)
-        return float(num_masks * seq_len * (tokens if self.setup.packing else seq_len))
+            return 1.0 * self.recipe.mask * num_masks * shape.tokens * shape.seq_len
+        return 1.0 * num_masks * shape.seq_len * (shape.tokens if self.setup.packing else shape.seq_len)
 
-    def returned(self, tokens: int, seq_len: int) -> float:
+    def returned(self, shape: Shape) -> Any:
         """Bytes of the weights that the layer before has returned."""
         if self.setup.attention != "eager" or not self.model.returns_weights:
             return 0.0
@@ -139,22 +151,24 @@ class Run:
         follows_norm = recipe.quantised_bits or self.model.layers[0].scores == "falcon"
         narrow = recipe.compute if recipe.autocast else max(recipe.stream, recipe.norm)
         width = FULL_WIDTH if recipe.autocast and follows_norm else narrow
-        return float(width * self.model.layers[0].num_heads * tokens * seq_len)
+        return 1.0 * width * self.model.layers[0].num_heads * shape.tokens * shape.seq_len
 
-    def rotary(self, tokens: int, seq_len: int) -> float:
+    def rotary(self, shape: Shape) -> Any:
         """Bytes of the rotary tables: for each position of each row, where rows bring their positions."""
-        positions = seq_len if self.setup.stack else tokens
-        return float(self.recipe.stream * self.model.num_rotary * positions)
+        positions = shape.seq_len if self.setup.stack else shape.tokens
+        return 1.0 * self.recipe.stream * self.model.num_rotary * positions
 
-    def head(self, tokens: int, *, ends_at_logits: bool = False, evaluates: bool = False) -> BlockMemory:
+    def head(self, shape: Shape, *, ends_at_logits: bool = False, evaluates: bool = False) -> BlockMemory:
         """Final norm, head and loss; how many tokens a chunked loss takes at once depends on the batch."""
-        asked = (tokens, ends_at_logits, evaluates)
-        if asked not in self._heads:
-            kind = loss_bytes(self.setup, self.model, self._stack, tokens, evaluates)
-            kind = _up_to_logits(kind) if ends_at_logits else kind
+        kind = self._loss_bytes(shape.one[0], evaluates)
+        kind = _up_to_logits(kind) if ends_at_logits else kind
+        if kind not in self._heads:
             norm = self.model.layers[-1].norm
-            self._heads[asked] = head_memory(self.model, norm, self._head_recipe, kind)
-        return self._heads[asked]
+            self._heads[kind] = head_memory(self.model, norm, self._head_recipe, kind)
+        return self._heads[kind]
+
+    def _loss_bytes(self, tokens: int, evaluates: bool) -> LossBytes:
+        return loss_bytes(self.setup, self.model, self._stack, tokens, evaluates)
 
     def static(self) -> dict[str, float]:
         """What every phase of a running step holds, per rank: weights, adapters, optimizer states, workspace."""

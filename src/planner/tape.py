@@ -76,20 +76,22 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """Candidates for a peak, each split by category; the largest depends on tokens and seq_len."""
+    """Candidates for a peak, each split by category; the largest depends on tokens and seq_len.
+
+    `totals`: all categories of each candidate together, which decide between them.
+    """
 
     snapshots: tuple[Snapshot, ...]
-    _totals: tuple[Size, ...] = field(init=False, repr=False, compare=False)
+    totals: tuple[Size, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """All categories of each candidate together, which decide between them."""
-        object.__setattr__(self, "_totals", tuple(sum_of(snapshot) for snapshot in self.snapshots))
+        object.__setattr__(self, "totals", tuple(sum_of(snapshot) for snapshot in self.snapshots))
 
     def at(self, tokens: int, seq_len: int) -> dict[str, float]:
         """The largest candidate's bytes by category, for that many tokens in rows of `seq_len`."""
         pairs, squares = tokens * seq_len, seq_len * seq_len
         best, most = NOTHING, -1.0
-        for snapshot, (w, x, y, z) in zip(self.snapshots, self._totals, strict=True):
+        for snapshot, (w, x, y, z) in zip(self.snapshots, self.totals, strict=True):
             total = w + x * tokens + y * pairs + z * squares
             if total > most:
                 best, most = snapshot, total
