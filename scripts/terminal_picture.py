@@ -20,7 +20,7 @@ def main() -> None:
     with Path("/dev/null").open("w") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere)
         console.print(Text(f"$ {' '.join(command)}\n", style="bold"), Text(output), sep="")
-        console.save_svg("docs/fits.svg", title="finefit")
+        console.save_svg("docs/fits.svg", title="finefit", unique_id="fits")
 
 
 if __name__ == "__main__":

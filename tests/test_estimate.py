@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner import api
 from planner.catalog import find_gpu
 from planner.conformal import predict
 from planner.errors import NotModelledError, SetupError
@@ -230,3 +231,12 @@ def test_time_is_left_out_where_nothing_is_published():
     assert twice.tokens_per_s == pytest.approx(known.tokens_per_s)
     slow = replace(RTX_4090, name="Nobody's Card")
     assert estimate(TrainSetup(model=CONFIG), Machine(gpu=slow), MODEL).time is None
+
+
+@pytest.mark.parametrize("model", ["gemma-2-2b", "gpt-j-6b"])
+def test_attention_that_is_left_open_is_one_that_the_model_has(model):
+    assert api.estimate(model, gpu="rtx-4090").setup.attention == "flash"
+    half = {"weights_dtype": "float16", "autocast": "float16"}
+    assert api.estimate(model, gpu="v100-32gb-sxm2", **half).setup.attention == "eager"
+    with pytest.raises(SetupError, match="no sdpa"):
+        api.estimate(model, gpu="rtx-4090", attention="sdpa")

@@ -13,6 +13,7 @@ from planner.catalog import parse_gpu
 from planner.estimate import estimate as _estimate
 from planner.estimate import estimate_many as _estimate_many
 from planner.estimate import memory_many as _memory_many
+from planner.estimate import open_attention
 from planner.recipes import recipe, shared_by
 from planner.results import Estimate, Memory, Plan
 from planner.search import DataLengths
@@ -28,7 +29,8 @@ def estimate(model: str | Mapping[str, Any], *, gpu: str, **fields: Any) -> Esti
     setup that doesn't fit is an answer with the verdict does-not-fit.
     """
     machine = _machine(gpu)
-    return _estimate(TrainSetup(**{"model": model, **shared_by(machine.num_gpus), **fields}), machine)
+    asked = {"model": model, **shared_by(machine.num_gpus), **fields}
+    return _estimate(TrainSetup(**{**asked, **open_attention(asked, machine)}), machine)
 
 
 def estimate_many(setups: Iterable[TrainSetup], *, gpu: str) -> Iterator[Estimate]:
@@ -68,11 +70,10 @@ def fits(gpu: str, *, models: list[str], methods: list[str], **fields: Any) -> l
     """
     machine = _machine(gpu)
     common = {"checkpointing": "full", **shared_by(machine.num_gpus), **fields}
-    return [
-        _estimate(TrainSetup(**{"model": model, **recipe(method, machine.gpu), **common}), machine)
-        for model in models
-        for method in methods
+    asked = [
+        {"model": model, **recipe(method, machine.gpu), **common} for model in models for method in methods
     ]
+    return [_estimate(TrainSetup(**{**one, **open_attention(one, machine)}), machine) for one in asked]
 
 
 def _machine(gpu: str) -> Machine:

@@ -130,6 +130,7 @@ def setup_and_machine(
     session: Session, model: str, gpu: str | None, fields: dict[str, Any]
 ) -> tuple[TrainSetup, Machine]:
     """From a model's name and options, or from a plan file with the options on top."""
+    from planner.estimate import open_attention
     from planner.setup import TrainSetup
 
     if looks_like_plan(model):
@@ -139,7 +140,8 @@ def setup_and_machine(
         machine = resolve_machine(session, _required_gpu(wanted), changed)
         return plan.setup.with_(**changed), machine
     machine = resolve_machine(session, _required_gpu(gpu), fields)
-    return TrainSetup.from_dict({"model": model, **fields}), machine
+    asked = {"model": model, **fields}
+    return TrainSetup.from_dict({**asked, **open_attention(asked, machine)}), machine
 
 
 def _required_gpu(gpu: str | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from itertools import islice
 from operator import attrgetter
@@ -10,7 +10,9 @@ from typing import Any
 
 from planner.catalog import usable_bytes_or_bound
 from planner.checks import check, warnings
+from planner.errors import FinefitError
 from planner.memory import MemoryModel, TracedMemoryModel, memory_model
+from planner.recipes import attention_for
 from planner.resolve import resolve_model
 from planner.results import Estimate, Memory
 from planner.setup import TrainSetup
@@ -188,6 +190,22 @@ def resolve(setup: TrainSetup, *, offline: bool = True) -> ModelSpec:
         experts_as_linears=parse_stack(setup.stack).splits_experts,
         objective=setup.objective,
     )
+
+
+def open_attention(fields: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
+    """The attention of a setup whose fields leave it open, where its model can't run the default; else nothing.
+
+    Nothing too for a model that can't be resolved: whoever asks more of it says why.
+    """
+    if fields.get("attention") is not None or fields.get("stack") is not None:
+        return {}
+    named = {
+        name: fields[name] for name in ("model", "revision", "objective") if fields.get(name) is not None
+    }
+    try:
+        return attention_for(resolve(TrainSetup.from_dict(named)), machine.gpu)
+    except FinefitError:
+        return {}
 
 
 def usable_memory(machine: Machine) -> tuple[int, str]:
