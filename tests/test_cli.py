@@ -18,8 +18,8 @@ import pytest
 from bench.cli import cli, run
 from planner.catalog import find_gpu, gpus
 from planner.cli_options import Session, complete_gpus
+from planner.lengths import DataLengths
 from planner.planfile import read_plan
-from planner.search import DataLengths
 from planner.setup import TrainSetup
 from planner.specs import Machine
 from planner.units import GIB
@@ -346,10 +346,15 @@ def test_the_datas_lengths_decide_the_sequence(finefit: Run) -> None:
     code, _, err = finefit(*words, session=unknown)
     assert code == 0
     assert "no tokenizer here" in err
-    assert "lengths are unknown" in finefit(*words, session=Session())[2]
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "%s"}\n' % ("word " * 500))
+    code, out, err = finefit(*words, session=Session())
+    assert code == 0
+    assert "estimated from their characters" in err
+    assert json.loads(out)["setup"]["seq_len"] >= 500
 
 
 def test_exported_files_are_named_and_not_overwritten(finefit: Run, tmp_path: Path) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     finefit("plan", MODEL, "--gpu", "rtx-4090", "--data", "rows.jsonl", session=Session())
     code, out, _ = finefit("export", "plan.yaml", "--to", "trl", "--out", "run")
     assert code == 0

@@ -34,6 +34,7 @@ from planner.costs import CostTable, CostWishes, box_power, cloud_terms, costs
 from planner.errors import UnknownNameError, UsageError
 from planner.estimate import estimate, resolve
 from planner.index import raw_profiles
+from planner.lengths import DataLengths
 from planner.money import SHOWN_CURRENCIES, Money, Rates, shipped_rates
 from planner.offers import Offer, parse_offer, parse_offers
 from planner.price_book import PriceBook, best_offers, shipped_book, with_rows
@@ -42,7 +43,6 @@ from planner.price_dates import describe_date, first_day, is_old
 from planner.render import display_width
 from planner.render_costs import format_costs
 from planner.run_length import length_by_plan, length_by_rows, length_by_tokens
-from planner.search import DataLengths
 from planner.setup import TrainSetup
 from planner.specs import Machine
 from planner.tariffs import QUALITIES as TARIFF_QUALITIES

@@ -479,3 +479,22 @@ def test_without_a_cache_folder_it_works_and_says_so(
     result = tokenize_file(path, make_tokenizer(), seq_len=64, cache_dir=path)
     assert len(result.examples) == 1
     assert "is not kept" in capsys.readouterr().err
+
+
+def test_lengths_for_the_planner_are_those_that_training_sees(make_tokenizer: Maker, tmp_path: Path) -> None:
+    from bench.encode import documents
+    from bench.lengths import _light_counter
+    from bench.weights import load_tokenizer
+    from planner.setup import TrainSetup
+
+    make_tokenizer().save_pretrained(tmp_path)
+    setup = TrainSetup(model="x", tokenizer=str(tmp_path))
+    rows = [chat_row("Hello world"), chat_row("你好")]
+    count = _light_counter(setup)
+    assert count is not None
+    assert count(rows) == [len(d.ids) for d in documents(rows, load_tokenizer(setup), "sft")]
+
+
+def chat_row(text: str) -> Row:
+    turns = (Message(role="user", content="Hi"), Message(role="assistant", content=text))
+    return Row(messages=turns, line=1, path="d.jsonl")

@@ -11,7 +11,8 @@ from planner.catalog import find_gpu
 from planner.errors import DoesNotFitError, FinefitError, SetupError
 from planner.estimate import estimate
 from planner.hf_config import model_spec
-from planner.search import DEFAULT_GLOBAL_BATCH, DataLengths, plan
+from planner.lengths import DataLengths
+from planner.search import DEFAULT_GLOBAL_BATCH, plan
 from planner.setup import TrainSetup
 from planner.specs import Machine
 from planner.units import GIB

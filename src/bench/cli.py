@@ -25,8 +25,8 @@ from planner.errors import FinefitError
 from planner.render import printable
 
 if TYPE_CHECKING:
+    from planner.lengths import DataLengths
     from planner.results import Estimate
-    from planner.search import DataLengths
     from planner.setup import TrainSetup
     from planner.specs import Machine
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from bench.batching import collate, num_trained_tokens, pack
+from bench.batching import collate, num_trained_tokens
 from bench.data import Example
 from bench.step import StopRequestedError, TrainStep
+from planner.packing import pack
 from planner.setup import TrainSetup
 
 

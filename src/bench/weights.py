@@ -21,7 +21,7 @@ from planner.errors import FinefitError, UsageError
 from planner.files import user_cache
 from planner.setup import TrainSetup
 
-__all__ = ["load_tokenizer", "local_model", "user_cache"]
+__all__ = ["load_tokenizer", "local_model", "tokenizer_folder", "user_cache"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,7 @@ def load_tokenizer(setup: TrainSetup) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source = setup.tokenizer or setup.model
-    if not isinstance(source, str) or not source:
-        raise UsageError("an inline config.json brings no tokenizer: set tokenizer to a name or a folder")
-    revision = None if setup.tokenizer else setup.revision
-    folder = _find(source, revision, user_cache(), "tokenizer")
+    folder = tokenizer_folder(setup)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -93,6 +89,14 @@ def load_tokenizer(setup: TrainSetup) -> Any:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     ensure_template(tokenizer)
     return tokenizer
+
+
+def tokenizer_folder(setup: TrainSetup) -> Path:
+    """Where the files of `setup.tokenizer`, else of `setup.model`, lie. Raises FinefitError in one line."""
+    source = setup.tokenizer or setup.model
+    if not isinstance(source, str) or not source:
+        raise UsageError("an inline config.json brings no tokenizer: set tokenizer to a name or a folder")
+    return _find(source, None if setup.tokenizer else setup.revision, user_cache(), "tokenizer")
 
 
 def _find(name: str, revision: str | None, cache_dir: Path, needs: str) -> Path:

@@ -14,9 +14,9 @@ from planner.estimate import estimate as _estimate
 from planner.estimate import estimate_many as _estimate_many
 from planner.estimate import memory_many as _memory_many
 from planner.estimate import open_attention
+from planner.lengths import DataLengths
 from planner.recipes import recipe, shared_by
 from planner.results import Estimate, Memory, Plan
-from planner.search import DataLengths
 from planner.search import plan as _plan
 from planner.setup import TrainSetup
 from planner.specs import Machine

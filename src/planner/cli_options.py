@@ -12,8 +12,8 @@ from planner.errors import FinefitError, UsageError
 from planner.fields import FIELDS, SECTIONS, FieldType
 
 if TYPE_CHECKING:
+    from planner.lengths import DataLengths
     from planner.results import Estimate
-    from planner.search import DataLengths
     from planner.specs import Machine
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -28,8 +28,8 @@ from planner.planfile import looks_like_plan, read_plan, write_plan
 from planner.render import format_json, terminal_width
 
 if TYPE_CHECKING:
+    from planner.lengths import DataLengths
     from planner.results import Estimate
-    from planner.search import DataLengths
     from planner.setup import TrainSetup
     from planner.specs import Machine
 
@@ -209,30 +209,47 @@ def plan_command(
     Every option below fixes what would otherwise be chosen. Exit code 3 means that nothing fits.
     """
     from planner.render_estimate import format_plan_answer
+    from planner.render_run import format_run
+    from planner.run_time import run_time
     from planner.search import open_model, plan
 
     wishes = {"model": model, **given_fields(options)}
     machine = resolve_machine(session, gpu, wishes)
-    lengths, why_unknown = _row_lengths(session, wishes)
+    lengths, why_estimated = row_lengths(session, wishes)
     spec = open_model(wishes, offline=not online)
     found = plan(wishes, machine, global_batch=global_batch_size, lengths=lengths, model=spec)
     setup = found.estimate.setup
     label = "local" if machine.is_local else machine.label
     write_plan(Path(out), setup, label, summarise(found.estimate), force=force)
-    click.echo(format_json(found.to_json()) if as_json else format_plan_answer(found, terminal_width()))
-    for note in (why_unknown, f"wrote {out}; next: finefit bench {out}, finefit train {out}"):
+    run = run_time(found.estimate, machine, spec, lengths)
+    if as_json:
+        click.echo(format_json({**found.to_json(), "run": run and run.to_json()}))
+    else:
+        more = "" if run is None else format_run(run, terminal_width())
+        click.echo(format_plan_answer(found, terminal_width(), more))
+    for note in (why_estimated, f"wrote {out}; next: finefit bench {out}, finefit train {out}"):
         if note:
             click.echo(note, err=True)
     return 0
 
 
-def _row_lengths(session: Session, wishes: Mapping[str, Any]) -> tuple[DataLengths | None, str | None]:
-    """The data's token lengths, or why they are unknown; None and None without data."""
-    if wishes.get("data") is None:
+def row_lengths(session: Session, fields: Mapping[str, Any]) -> tuple[DataLengths | None, str | None]:
+    """The data's token lengths, and why they are only estimated where they are; None and None without data.
+
+    Raises DataError where the rows are broken.
+    """
+    if fields.get("data") is None:
         return None, None
-    if session.token_lengths is None:
-        return None, "the rows' lengths are unknown: counting tokens needs pip install 'finefit[train]'"
-    return session.token_lengths(wishes)
+    if session.token_lengths is not None:
+        return session.token_lengths(fields)
+    from planner.char_lengths import estimated_lengths
+    from planner.dataset import read_rows
+
+    reason = "counting tokens needs pip install 'finefit[train]'"
+    return (
+        estimated_lengths(read_rows(fields["data"])),
+        f"the rows' lengths are estimated from their characters: {reason}",
+    )
 
 
 def summarise(estimate: Estimate) -> dict[str, Any]:

@@ -200,13 +200,14 @@ def format_case_line(case: Mapping[str, Any]) -> str:
     return f"{name}  {peak}  {describe_fit(Fit(**case['fit']))}"
 
 
-def format_plan_answer(plan: Plan, width: int | None = None) -> str:
-    """The chosen configuration, what fills the card, why, and what was rejected."""
+def format_plan_answer(plan: Plan, width: int | None = None, more: str = "") -> str:
+    """The chosen configuration, what fills the card, why, and what was rejected; `more` follows the times."""
     estimate = plan.estimate
     parts = [
         _format_head(estimate, width),
         _format_terms(estimate, width),
         _format_rest(estimate, width),
+        more,
     ]
     if plan.reasons:
         parts.append(f"{paint('Why', 'strong')}\n{_bullets(plan.reasons, width)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from planner.lengths import DataLengths
 from planner.results import Time
 from planner.setup import TrainSetup
 
@@ -46,8 +47,7 @@ def length_by_rows(setup: TrainSetup, num_rows: int, mean_tokens: float | None =
 
     `mean_tokens` of a row; without it packed rows may all fit into one sequence.
     """
-    held_out = max(1, round(num_rows * setup.eval_fraction)) if setup.eval_fraction > 0 else 0
-    rows = max(1, num_rows - held_out)
+    rows = max(1, num_rows - held_out_rows(setup, num_rows))
     fewest = rows
     if setup.packing:
         fewest = 1 if mean_tokens is None else math.ceil(rows * min(1.0, mean_tokens / setup.seq_len))
@@ -56,6 +56,27 @@ def length_by_rows(setup: TrainSetup, num_rows: int, mean_tokens: float | None =
         low_steps=_steps(setup, fewest),
         high_steps=_steps(setup, rows),
         source=f"{setup.epochs:g} epoch(s) of {rows:,} rows{packed}",
+    )
+
+
+def held_out_rows(setup: TrainSetup, num_rows: int) -> int:
+    """Rows that are kept for evaluation."""
+    return max(1, round(num_rows * setup.eval_fraction)) if setup.eval_fraction > 0 else 0
+
+
+def length_by_lengths(setup: TrainSetup, lengths: DataLengths) -> RunLength:
+    """`max_steps`, else `epochs` over rows of known lengths; packed rows fill sequences as well as a sample does."""
+    planned = length_by_plan(setup)
+    if planned is not None:
+        return planned
+    if not setup.packing:
+        return length_by_rows(setup, lengths.num_rows)
+    rows = max(1, lengths.num_rows - held_out_rows(setup, lengths.num_rows))
+    sequences = rows * lengths.packed_share(setup.seq_len)
+    return RunLength(
+        low_steps=_steps(setup, max(1, math.ceil(sequences * lengths.low_factor))),
+        high_steps=_steps(setup, min(rows, math.ceil(sequences * lengths.high_factor))),
+        source=f"{setup.epochs:g} epoch(s) of {rows:,} rows, packed",
     )
 
 

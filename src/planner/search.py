@@ -17,6 +17,7 @@ from typing import Any
 
 from planner.errors import DoesNotFitError, NotModelledError, SetupError
 from planner.estimate import Estimator, resolve
+from planner.lengths import DataLengths
 from planner.methods import find_method
 from planner.recipes import attention_for, precise_recipe, recipe, shared_by
 from planner.results import Estimate, Plan, Rejected
@@ -45,18 +46,6 @@ METHODS = ("lora", "qlora")
 """Tried in this order; full fine-tuning only where it is asked for."""
 ENOUGH_TOKENS = 16_384
 """Tokens per micro-batch beyond which a larger one no longer fills a GPU better."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataLengths:
-    """Token lengths of the training rows; `source` says how they are known."""
-
-    num_rows: int
-    mean: float
-    p50: int
-    p99: int
-    longest: int
-    source: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
