@@ -30,6 +30,8 @@ def record(**changes) -> Measurement:
         samples=Samples(step_wall_s=(0.5, 0.4), step_cpu_s=(1.0, 0.9), losses=(2.0, 1.9)),
         measured=Measured(peak_allocated_bytes=2**30, phases={"load": 2**20}, step_s=0.45),
         predicted={"memory": {"peak_allocated_bytes": 2**30}},
+        timeline=(("forward", (1, 5, 2**30)), ("backward", (7,))),
+        watched={"at_s": [0.1, 0.2], "rss_bytes": [5, None]},
         warnings=("few samples",),
     )
     return replace(base, **changes)
@@ -92,6 +94,30 @@ def test_a_torn_last_line_loses_only_itself(tmp_path, cut):
     assert [m.id for m in found] == ["first", "after"] and len(warnings) == 1
 
 
+def nested(depth: int) -> dict:
+    return {"inside": nested(depth - 1)} if depth else {}
+
+
+def test_a_record_of_version_1_is_read(tmp_path):
+    path = tmp_path / "results.jsonl"
+    old = record(timeline=(), watched={}).to_json()
+    for key in ("setup_id", "timeline", "watched", "protocol"):
+        del old[key]
+    path.write_text(json.dumps({**old, "schema_version": 1}) + "\n")
+    found, warnings = read_results(path)
+    assert warnings == [] and found == [record(timeline=(), watched={})]
+
+
+def test_equal_setups_have_one_id_however_a_number_is_written():
+    assert (
+        record(setup=TrainSetup(model="m", alpha=32)).setup_id
+        == record(setup=TrainSetup(model="m", alpha=32.0)).setup_id
+    )
+    assert (
+        record(setup=TrainSetup(model="m", rank=8)).setup_id != record(setup=TrainSetup(model="m")).setup_id
+    )
+
+
 def test_every_line_of_a_file_is_judged_alone(tmp_path):
     path = tmp_path / "results.jsonl"
     good = record().to_json()
@@ -108,14 +134,18 @@ def test_every_line_of_a_file_is_judged_alone(tmp_path):
         "11": {**good, "environment": []},
         "12": {**good, "id": 5},
         "13": [good],
+        "14": {**good, "timeline": [{"phase": "forward", "live_bytes": [-1]}]},
+        "15": {**good, "watched": {"at_s": [1.0], "rss_bytes": []}},
+        "16": {**good, "predicted": []},
+        "17": {**good, "environment": nested(200)},
     }
     raw = {
-        "14": json.dumps(good).replace(": 0.45", ": NaN"),
-        "15": json.dumps(good).replace(": 0.45", ": 1e999"),
-        "16": json.dumps(good).replace(": 0.45", ": " + "9" * 400),
-        "17": json.dumps(good).replace(": 0.45", ": " + "9" * 5000),
-        "18": "[" * 100_000,
-        "19": "\0\xff",
+        "18": json.dumps(good).replace(": 0.45", ": NaN"),
+        "19": json.dumps(good).replace(": 0.45", ": 1e999"),
+        "20": json.dumps(good).replace(": 0.45", ": " + "9" * 400),
+        "21": json.dumps(good).replace(": 0.45", ": " + "9" * 5000),
+        "22": "[" * 100_000,
+        "23": "\0\xff",
     }
     lines = [json.dumps(good), *map(json.dumps, broken.values()), *raw.values(), "", json.dumps(good)]
     path.write_text("\n".join(lines) + "\n", encoding="latin-1")
@@ -139,7 +169,7 @@ def test_each_line_stands_alone_as_plain_json(tmp_path):
     append_result(path, record(stderr_tail="line one\nline two \u2028 \u4e2d\u6587"))
     assert path.read_bytes().count(b"\n") == 1
     line = json.loads(path.read_text(encoding="utf-8"))
-    assert line["schema_version"] == 1
+    assert line["schema_version"] == 2 and line["setup_id"] == record().setup_id
     assert TrainSetup.from_dict(line["setup"]) == record().setup
 
 

@@ -26,6 +26,16 @@ ENVIRONMENT_KEYS = frozenset(
         "max_temperature_c",
         "min_clock_hz",
         "max_power_w",
+        "mean_power_w",
+        "others_cpu_share",
+        "steal_share",
+        "cpu_wait_share",
+        "page_reads",
+        "min_cpu_clock_hz",
+        "max_cpu_clock_hz",
+        "cpu_throttles",
+        "cpu_energy_j",
+        "watched_s",
     ]
 )
 """What a shared record keeps of the environment; whatever else there is, or will be, stays out."""

@@ -6,28 +6,27 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bench.extras import require_train_extra
 from planner.cli_options import SectionedCommand, Session, json_option, trust_option
 from planner.cli_plan import set_option, summarise
-from planner.errors import DoesNotFitError, FinefitError, NotModelledError
+from planner.errors import DoesNotFitError, NotModelledError
 from planner.planfile import PlanFile, read_plan
 from planner.render import format_json, terminal_width
 from planner.results import Estimate
 
 if TYPE_CHECKING:
-    from bench.store import Measurement
     from planner.specs import Machine
 
 _plan_argument = click.argument("plan", metavar="PLAN.YAML", type=click.Path(path_type=Path))
-_device_option = click.option("--device", type=click.Choice(("cuda", "cpu")), help="Default: what is there.")
-_force_option = click.option("--force", is_flag=True, help="Run even if it is predicted not to fit.")
+device_option = click.option("--device", type=click.Choice(("cuda", "cpu")), help="Default: what is there.")
+force_option = click.option("--force", is_flag=True, help="Run even if it is predicted not to fit.")
 
 
-def _machine_here(session: Session, plan: PlanFile, device: str | None) -> Machine:
+def machine_here(session: Session, plan: PlanFile, device: str | None) -> Machine:
     """This machine as the plan uses it: its processor with `--device cpu`, else as many cards as the setup says."""
     if device == "cpu":
         from bench.host import read_cpu, read_memory
@@ -38,7 +37,7 @@ def _machine_here(session: Session, plan: PlanFile, device: str | None) -> Machi
     return replace(session.local_machine(), num_gpus=plan.setup.num_gpus)
 
 
-def _predict(plan: PlanFile, machine: Machine, *, force: bool) -> Estimate | None:
+def predict(plan: PlanFile, machine: Machine, *, force: bool) -> Estimate | None:
     """The estimate for this machine; None where finefit has no rules for it.
 
     Raises DoesNotFitError (exit 3) unless `force`.
@@ -61,12 +60,53 @@ def _predict(plan: PlanFile, machine: Machine, *, force: bool) -> Estimate | Non
     return found
 
 
-@click.command("bench", cls=SectionedCommand, epilog="Example: finefit bench plan.yaml --steps 20")
-@click.argument("plans", metavar="PLAN.YAML...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Measured optimizer steps."
+def _protocol_options(function: Any) -> Any:
+    """How each run is measured."""
+    for option in (
+        click.option(
+            "--steps",
+            type=click.IntRange(min=1),
+            help="Exactly so many measured optimizer steps (default: 10 to 50, until their spread is below 5 %).",
+        ),
+        click.option(
+            "--warmup",
+            type=click.IntRange(min=0),
+            help="Exactly so many steps before them (default: 2 to 10, until they stop getting faster).",
+        ),
+        click.option("--random-weights", is_flag=True, help="Measure without the model's weights."),
+        click.option(
+            "--trace", is_flag=True, help="Trace each setup first, to show it beside what is measured."
+        ),
+        click.option("--no-sampling", is_flag=True, help="Don't look from outside (for what looking costs)."),
+        click.option(
+            "--timeout",
+            "timeout_s",
+            type=click.FloatRange(min=1),
+            metavar="SECONDS",
+            help="End a run after this.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@click.command(
+    "bench",
+    cls=SectionedCommand,
+    epilog="Example: finefit bench plan.yaml --sweep micro_batch_size=1,2,4 seq_len=512,1024 --resume",
 )
-@click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Steps before them.")
+@click.argument("words", metavar="PLAN.YAML... [FIELD=VALUES...]", nargs=-1, required=True)
+@click.option(
+    "--sweep",
+    "axes",
+    multiple=True,
+    metavar="FIELD=VALUE,VALUE",
+    help="Run every combination; more FIELD=VALUES may follow.",
+)
+@click.option(
+    "--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each setup."
+)
+@click.option("--resume", is_flag=True, help="Leave out what the results have from this machine.")
 @click.option(
     "--results",
     type=click.Path(path_type=Path),
@@ -74,12 +114,9 @@ def _predict(plan: PlanFile, machine: Machine, *, force: bool) -> Estimate | Non
     show_default=True,
     help="File that each record is appended to.",
 )
-@click.option("--random-weights", is_flag=True, help="Measure without the model's weights.")
-@click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(min=1), metavar="SECONDS", help="End a run after this."
-)
-@_device_option
-@_force_option
+@_protocol_options
+@device_option
+@force_option
 @trust_option
 @set_option
 @json_option
@@ -87,57 +124,33 @@ def _predict(plan: PlanFile, machine: Machine, *, force: bool) -> Estimate | Non
 def bench_command(
     session: Session,
     /,
-    plans: tuple[Path, ...],
-    steps: int,
-    warmup: int,
+    words: tuple[str, ...],
+    axes: tuple[str, ...],
+    repeat: int,
+    resume: bool,
     results: Path,
-    random_weights: bool,
-    timeout_s: float | None,
-    device: str | None,
-    force: bool,
-    trust_remote_code: bool,
     settings: tuple[str, ...],
     as_json: bool,
+    no_sampling: bool,
+    **options: Any,
 ) -> int:
     """Run a few real steps of a plan; compare with the prediction.
 
-    Each plan runs in a process of its own, and its record is appended to the results at once.
+    Each run has a process of its own, and its record is appended to the results at once, also when the run fails.
+    docs/protocol.md says what is measured and how.
     """
     require_train_extra("bench")
-    from bench.cli_text import format_measurement
-    from bench.measure import ProgressLine, measure
+    from bench.bench_command import Bench, Wishes, read_sweep
 
-    runs = []
-    for path in plans:
-        plan = read_plan(path, settings)
-        machine = _machine_here(session, plan, device)
-        predicted = _predict(plan, machine, force=force)
-        run = measure(
-            plan.setup,
-            steps=steps,
-            warmup=warmup,
-            results_path=results,
-            predicted=None if predicted is None else predicted.to_json(),
-            gpu=machine.label,
-            device=device,
-            random_weights=random_weights,
-            timeout_s=timeout_s,
-            trust_remote_code=trust_remote_code,
-            progress=ProgressLine(f"{path.name}: "),
-        )
-        runs.append(run)
-        text = format_json(run.to_json()) if as_json else format_measurement(run, terminal_width())
-        click.echo(text)
-    click.echo(f"appended to {results}", err=True)
-    return _worst_exit(runs)
-
-
-def _worst_exit(runs: list[Measurement]) -> int:
-    """0 if all ran, 3 if one ran out of memory, else 1."""
-    outcomes = {run.outcome for run in runs}
-    if outcomes == {"ok"}:
-        return 0
-    return DoesNotFitError.exit_code if "oom" in outcomes else FinefitError.exit_code
+    found = read_sweep(words, axes, settings)
+    bench = Bench(
+        session=session,
+        wishes=Wishes(is_sampling=not no_sampling, **options),
+        results=results,
+        as_json=as_json,
+        is_single=len(found.cells) == 1,
+    )
+    return bench.run_all(found.cells, repeat, resume=resume)
 
 
 @click.command("train", cls=SectionedCommand, epilog="Example: finefit train plan.yaml --out runs/first")
@@ -153,8 +166,8 @@ def _worst_exit(runs: list[Measurement]) -> int:
 @click.option(
     "--eval-every", type=click.IntRange(min=1), metavar="STEPS", help="Default: before and after only."
 )
-@_device_option
-@_force_option
+@device_option
+@force_option
 @trust_option
 @set_option
 @json_option
@@ -180,7 +193,7 @@ def train_command(
     """
     require_train_extra("train")
     found = read_plan(plan, settings)
-    predicted = _predict(found, _machine_here(session, found, device), force=force)
+    predicted = predict(found, machine_here(session, found, device), force=force)
     if predicted is not None:
         found = replace(found, predicted=summarise(predicted))
     from bench.cli_text import format_summary

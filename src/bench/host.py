@@ -104,6 +104,16 @@ def peak_rss_bytes(pid: int | None = None, root: Path = ROOT) -> int | None:
     return None if sys.platform == "linux" else _rss_by_psutil(pid)
 
 
+def rss_bytes(pid: int, root: Path = ROOT) -> tuple[int | None, int | None]:
+    """The resident set of a process now and at its highest so far, in one look; None once it is gone."""
+    facts = _key_values(root / "proc" / str(pid) / "status")
+    if "VmHWM" in facts and "VmRSS" in facts:
+        now, peak = (int(facts[key].split()[0]) * KIB for key in ("VmRSS", "VmHWM"))
+        return now, peak
+    peak_elsewhere = None if sys.platform == "linux" else _rss_by_psutil(pid)
+    return peak_elsewhere, peak_elsewhere
+
+
 def reset_peak_rss() -> bool:
     """Start `peak_rss_bytes` of this process anew; False where the system can't."""
     try:

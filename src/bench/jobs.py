@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from bench import timeline
+from bench.protocol import StepProtocol
 from bench.store import Measured, Samples
+from bench.timeline import Stretch
 from planner.setup import TrainSetup
 
 PHASES = ("start", "load", "warmup", "steps", "memory", "eval", "save", "done")
@@ -19,7 +22,7 @@ JOB_FILE, EVENTS_FILE, STDERR_FILE = "job.json", "events.jsonl", "stderr.txt"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What to measure: `num_warmup` optimizer steps, then `num_steps` timed ones, one evaluation, one save.
+    """What to measure: optimizer steps by `protocol`, one with the longest rows, one evaluation, one save.
 
     `device`: "cuda", "cpu", or None for what this machine has. `random_weights` measures without the model's
     weights (memory and time don't depend on their values); `parent_pid` lets an orphaned worker end itself; `trust_remote_code` runs
@@ -27,8 +30,7 @@ class Job:
     """
 
     setup: TrainSetup
-    num_steps: int = 10
-    num_warmup: int = 2
+    protocol: StepProtocol = field(default_factory=StepProtocol)
     device: str | None = None
     random_weights: bool = False
     timeout_s: float | None = None
@@ -37,19 +39,24 @@ class Job:
 
     def write(self, folder: Path) -> None:
         """Put the job where the worker reads it."""
-        plain = {**{f.name: getattr(self, f.name) for f in fields(self)}, "setup": self.setup.to_dict()}
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {**own, "setup": self.setup.to_dict(), "protocol": asdict(self.protocol)}
         (folder / JOB_FILE).write_text(json.dumps(plain), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Job:
         """The job that `write` put there."""
         values = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
-        return cls(**{**values, "setup": TrainSetup.from_dict(values["setup"])})
+        setup, protocol = TrainSetup.from_dict(values["setup"]), StepProtocol(**values["protocol"])
+        return cls(**{**values, "setup": setup, "protocol": protocol})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunReport:
-    """What became of a job: raw samples and peaks. `notes` are doubts that the run itself found."""
+    """What became of a job: raw samples and peaks. `notes` are doubts that the run itself found.
+
+    `timeline` is memory over one step, `watched` what was seen from outside over the seconds of the run.
+    """
 
     outcome: str
     last_phase: str | None = None
@@ -59,6 +66,8 @@ class RunReport:
     environment: Mapping[str, Any] = field(default_factory=dict)
     samples: Samples = field(default_factory=Samples)
     measured: Measured = field(default_factory=Measured)
+    timeline: tuple[Stretch, ...] = ()
+    watched: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -97,8 +106,7 @@ class EventWriter:
 class RunLog:
     """The parent's side: folds the events read so far into a report."""
 
-    num_steps: int = 0
-    num_warmup: int = 0
+    protocol: StepProtocol = field(default_factory=StepProtocol)
     phase: str | None = None
     steps: list[Mapping[str, Any]] = field(default_factory=list)
     warmup: list[Mapping[str, Any]] = field(default_factory=list)
@@ -106,15 +114,25 @@ class RunLog:
     memory: dict[str, Any] = field(default_factory=dict)
     error: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    timeline: tuple[Stretch, ...] = ()
 
     def add(self, event: dict[str, Any]) -> Progress | None:
         """Take one event; the progress that it makes, if any. An unknown event raises KeyError."""
         kind = event.pop("event")
         _HANDLERS[kind](self, event)
-        counts = {"warmup": (len(self.warmup), self.num_warmup), "steps": (len(self.steps), self.num_steps)}
-        done, total = counts.get(self.phase or "", (0, 0))
+        done, total = self._counts()
         is_progress = kind in ("phase", "step") and self.phase is not None
         return Progress(phase=self.phase or "", num_done=done, num_all=total) if is_progress else None
+
+    def _counts(self) -> tuple[int, int]:
+        """Steps done of how many: the least number, then, where that didn't suffice, the cap."""
+        protocol = self.protocol
+        caps = {
+            "warmup": (len(self.warmup), protocol.min_warmup, protocol.max_warmup),
+            "steps": (len(self.steps), protocol.min_steps, protocol.max_steps),
+        }
+        done, least, most = caps.get(self.phase or "", (0, 0, 0))
+        return done, least if done <= least else most
 
     @property
     def is_done(self) -> bool:
@@ -134,7 +152,9 @@ class RunLog:
     def measured(self) -> Measured:
         """The peaks so far; statistics of the steps are added by whoever makes the record."""
         known = {f.name for f in fields(Measured)}
-        return Measured(**{key: value for key, value in self.memory.items() if key in known})
+        found = {key: value for key, value in self.memory.items() if key in known}
+        first = self.warmup[:1] or self.steps[:1]
+        return Measured(**found, first_step_s=first[0]["wall_s"] if first else None)
 
 
 def _begin_phase(log: RunLog, event: Mapping[str, Any]) -> None:
@@ -149,11 +169,16 @@ def _set_error(log: RunLog, event: Mapping[str, Any]) -> None:
     log.error = event
 
 
+def _set_timeline(log: RunLog, event: Mapping[str, Any]) -> None:
+    log.timeline = timeline.from_json(event["stretches"])
+
+
 _HANDLERS: dict[str, Callable[[RunLog, dict[str, Any]], Any]] = {
     "phase": _begin_phase,
     "step": _add_step,
     "device": lambda log, event: log.device.update(event),
     "memory": lambda log, event: log.memory.update(event),
+    "timeline": _set_timeline,
     "error": _set_error,
     "note": lambda log, event: log.notes.append(event["text"]),
 }
@@ -163,35 +188,45 @@ _HANDLERS: dict[str, Callable[[RunLog, dict[str, Any]], Any]] = {
 class FakeExecutor:
     """Answers from the setup without running anything: what schedules, stores and compares is tested with it.
 
-    A step takes `seconds_per_token` for each token; `outcomes` maps a setup's method to how its runs end.
+    A step takes `seconds_per_token` for each token; `outcomes` maps a setup's method to how its runs end, and a
+    micro-batch of more than `max_tokens` runs out of memory.
     """
 
     seconds_per_token: float = 1e-4
     noise: float = 0.01
     outcomes: Mapping[str, str] = field(default_factory=dict)
+    max_tokens: int | None = None
     jobs: list[Job] = field(default_factory=list)
 
     def run(self, job: Job, progress: ProgressCallback) -> RunReport:
         """As `Executor` says; equal jobs get equal reports."""
         self.jobs.append(job)
-        setup, outcome = job.setup, self.outcomes.get(job.setup.method, "ok")
+        setup, outcome, num_steps = job.setup, self.outcome_of(job.setup), job.protocol.min_steps
         num_tokens = setup.tokens_per_micro_batch * setup.grad_accum_steps
-        for number in range(job.num_steps):
-            progress(Progress(phase="steps", num_done=number + 1, num_all=job.num_steps))
+        for number in range(num_steps):
+            progress(Progress(phase="steps", num_done=number + 1, num_all=num_steps))
         report = RunReport(outcome=outcome, last_phase="done", device=job.device or "cpu")
         if outcome != "ok":
             return replace(report, last_phase="warmup", error=f"fake {outcome}", stderr_tail="fake")
         wall = tuple(
-            num_tokens * self.seconds_per_token * (1 + self.noise * (i % 3)) for i in range(job.num_steps)
+            num_tokens * self.seconds_per_token * (1 + self.noise * (i % 3)) for i in range(num_steps)
         )
         peak = num_tokens * 1000
         return replace(
             report,
-            samples=Samples(step_wall_s=wall, step_cpu_s=wall, step_tokens=(num_tokens,) * job.num_steps),
+            samples=Samples(step_wall_s=wall, step_cpu_s=wall, step_tokens=(num_tokens,) * num_steps),
             measured=Measured(
                 peak_allocated_bytes=peak,
                 device_used_bytes=2 * peak,
                 host_bytes=3 * peak,
                 phases={"backward": peak},
             ),
+            timeline=(("forward", (peak // 2, peak)), ("backward", (peak, peak // 4))),
         )
+
+    def outcome_of(self, setup: TrainSetup) -> str:
+        """How the runs of a setup end."""
+        num_tokens = setup.tokens_per_micro_batch
+        if self.max_tokens is not None and num_tokens > self.max_tokens:
+            return "oom"
+        return self.outcomes.get(setup.method, "ok")

@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,13 +15,13 @@ from bench.environment import describe_environment
 from bench.host import count_cpus
 from bench.jobs import Executor, Job, Progress, ProgressCallback, RunReport
 from bench.process import ProcessExecutor
+from bench.protocol import MAX_SPREAD, StepProtocol, relative_spread
 from bench.stats import drift, summarise
-from bench.store import Measured, Measurement, Samples, append_result, check_appendable
+from bench.store import Measured, Measurement, append_result, check_appendable
 from planner.setup import TrainSetup
 
 MIN_STEPS = 5
 """Fewer timed steps say little about their spread."""
-MAX_SPREAD = 0.05
 MAX_DRIFT = 0.10
 MAX_LOAD = 0.5
 """Load average per processor, before the run, from which wall times are in doubt."""
@@ -30,8 +30,7 @@ MAX_LOAD = 0.5
 def measure(
     setup: TrainSetup,
     *,
-    steps: int = 10,
-    warmup: int = 2,
+    protocol: StepProtocol | None = None,
     results_path: Path | None = None,
     predicted: Mapping[str, Any] | None = None,
     gpu: str = "local",
@@ -42,7 +41,7 @@ def measure(
     progress: ProgressCallback = lambda step: None,
     executor: Executor | None = None,
 ) -> Measurement:
-    """Run `warmup` and then `steps` optimizer steps of `setup` in a child process, one evaluation and one save.
+    """Run optimizer steps of `setup` by `protocol` in a child process, one evaluation and one save.
 
     `predicted` is the estimate's JSON and `gpu` the machine that it is for; both go into the record, which is
     appended to `results_path` at once. `device`, `random_weights`, `timeout_s` and `trust_remote_code`: see Job. A run that fails is
@@ -52,8 +51,7 @@ def measure(
         check_appendable(results_path)
     job = Job(
         setup=setup,
-        num_steps=steps,
-        num_warmup=warmup,
+        protocol=protocol or StepProtocol(),
         device=device,
         random_weights=random_weights,
         timeout_s=timeout_s,
@@ -74,8 +72,11 @@ def measure(
         error=report.error,
         stderr_tail=report.stderr_tail,
         samples=report.samples,
-        measured=_with_times(report.measured, report.samples),
+        measured=_with_times(report),
         predicted=predicted,
+        protocol={**asdict(job.protocol), "ended_by": _ended_by(job.protocol, report)},
+        timeline=report.timeline,
+        watched=report.watched,
         warnings=tuple(find_doubts(report, gpu, load)),
     )
     if results_path is not None:
@@ -91,8 +92,21 @@ def load_per_cpu() -> float | None:
         return None
 
 
-def _with_times(measured: Measured, samples: Samples) -> Measured:
+def _ended_by(protocol: StepProtocol, report: RunReport) -> str | None:
+    """Why no more steps were measured: spread, steps or seconds; None for a run that didn't get so far."""
+    wall = report.samples.step_wall_s
+    if report.outcome != "ok" or not wall:
+        return None
+    if protocol.min_steps == protocol.max_steps:
+        return "steps"
+    if relative_spread(wall) <= protocol.max_spread:
+        return "spread"
+    return "steps" if len(wall) >= protocol.max_steps else "seconds"
+
+
+def _with_times(report: RunReport) -> Measured:
     """The peaks with the statistics of the steps."""
+    samples, measured = report.samples, report.measured
     if not samples.step_wall_s:
         return measured
     wall, cpu = summarise(samples.step_wall_s), summarise(samples.step_cpu_s)
@@ -102,15 +116,31 @@ def _with_times(measured: Measured, samples: Samples) -> Measured:
         step_s=wall.median_s,
         low_step_s=wall.low_s,
         high_step_s=wall.high_s,
+        p10_step_s=wall.p10_s,
+        p90_step_s=wall.p90_s,
+        step_spread=wall.relative_spread,
         cpu_step_s=cpu.median_s,
         tokens_per_s=sum(samples.step_tokens) / total_s if total_s > 0 else None,
+        energy_per_step_j=_energy_per_step(report, wall.median_s),
     )
+
+
+def _energy_per_step(report: RunReport, step_s: float) -> float | None:
+    """Of the card by its mean power, else of the processors by their counters over the time that was watched."""
+    facts = report.environment
+    if report.device != "cpu":
+        power_w = facts.get("mean_power_w")
+        return None if power_w is None else power_w * step_s
+    energy_j, watched_s = facts.get("cpu_energy_j"), facts.get("watched_s")
+    return None if energy_j is None or not watched_s else energy_j / watched_s * step_s
 
 
 def find_doubts(report: RunReport, gpu: str, load: float | None = None) -> list[str]:
     """What makes a run's figures doubtful, one line each: few or unsteady steps, other programs, heat."""
     found = list(report.notes)
-    if load is not None and load > MAX_LOAD:
+    # Who used the processors during the steps says more than the load before them.
+    is_watched = report.environment.get("others_cpu_share") is not None
+    if load is not None and load > MAX_LOAD and not is_watched:
         found.append(
             f"other programs were running (load {load:.1f} per processor): trust CPU seconds, not wall time"
         )

@@ -11,9 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.timeline import StepLog
+
 
 class PeakCounter(Protocol):
     """Something that knows how many bytes are allocated and how many were at most."""
+
+    def now_bytes(self) -> int:
+        """What is allocated now."""
 
     def peak_bytes(self) -> int:
         """The highest count since the last reset."""
@@ -69,6 +74,10 @@ class CudaCounter:
         self.device = device
         self._reserved = 0
 
+    def now_bytes(self) -> int:
+        """torch.cuda.memory_allocated()."""
+        return int(torch.cuda.memory_allocated(self.device))
+
     def peak_bytes(self) -> int:
         """torch.cuda.max_memory_allocated()."""
         return int(torch.cuda.max_memory_allocated(self.device))
@@ -111,6 +120,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = 0
+        self.log: StepLog | None = None
         self._peak_bytes = 0
         self._sizes: dict[int, int] = {}
 
@@ -120,6 +130,10 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[misc]
             # Not isinstance: it would wake lazy modules among the interpreter's objects.
             if issubclass(type(value), torch.Tensor):
                 self._add(value)
+
+    def now_bytes(self) -> int:
+        """Bytes of live storages."""
+        return self.live_bytes
 
     def peak_bytes(self) -> int:
         """Bytes of live storages at the highest moment since the last reset."""
@@ -146,6 +160,8 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[misc]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         self.add(tree_leaves(result))
+        if self.log is not None:
+            self.log.add(self.live_bytes)
         return result
 
     def _add(self, tensor: torch.Tensor) -> None:
@@ -162,6 +178,21 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[misc]
 
     def _free(self, key: int) -> None:
         self.live_bytes -= self._sizes.pop(key)
+
+
+class AllocatedAfterEach(TorchDispatchMode):  # type: ignore[misc]
+    """While entered, logs what the caching allocator has allocated after each operator."""
+
+    def __init__(self, device: torch.device, log: StepLog) -> None:
+        super().__init__()
+        self.device, self.log = device, log
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.log.add(int(torch.cuda.memory_allocated(self.device)))
+        return result
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from bench.host import ROOT, count_oom_kills, peak_rss_bytes
+from bench.host import ROOT, count_oom_kills, rss_bytes
+from bench.host_sampler import HostSampler
 from bench.jobs import EVENTS_FILE, STDERR_FILE, Job, ProgressCallback, RunLog, RunReport
 from bench.nvml import Nvml, opened
 from bench.nvml_driver import Pynvml
 from bench.sampler import GpuSampler
 from bench.store import Measured
+from bench.watched import Watched
 from planner.units import format_bytes, format_duration
 
 POLL_S = 0.05
@@ -29,9 +31,13 @@ CRASH_SIGNALS = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP", 
 
 @dataclass
 class ProcessExecutor:
-    """`Executor` by a fresh `python -m bench.worker`; `command` stands in for it in tests."""
+    """`Executor` by a fresh `python -m bench.worker`; `command` stands in for it in tests.
+
+    `is_sampling` False leaves out all looking from outside, to see what it costs.
+    """
 
     nvml: Nvml = field(default_factory=Pynvml)
+    is_sampling: bool = True
     command: tuple[str, ...] = (sys.executable, "-P", "-m", "bench.worker")
 
     def run(self, job: Job, progress: ProgressCallback) -> RunReport:
@@ -42,7 +48,8 @@ class ProcessExecutor:
             replace(job, parent_pid=os.getpid() if os.name == "posix" else None).write(folder)
             with (folder / STDERR_FILE).open("wb") as stderr:
                 child = _start([*self.command, name], stderr)
-            watch = _Watch(job, child, folder, nvml, progress)
+            watch = _Watch(job, child, folder, nvml if self.is_sampling else None, progress)
+            watch.is_sampling = self.is_sampling
             try:
                 watch.until_end()
             finally:
@@ -85,8 +92,11 @@ class _Watch:
         progress: ProgressCallback,
     ) -> None:
         self.job, self.child, self.folder, self.progress = job, child, folder, progress
-        self.log = RunLog(num_steps=job.num_steps, num_warmup=job.num_warmup)
+        self.log = RunLog(protocol=job.protocol)
+        self.is_sampling = True
         self.sampler = GpuSampler(nvml, child.pid) if nvml else None
+        self.host_sampler = HostSampler(child.pid)
+        self.watched = Watched()
         self.host_bytes = 0
         self.has_timed_out = False
         self.oom_kills_before = count_oom_kills(ROOT)
@@ -105,9 +115,15 @@ class _Watch:
     def look(self) -> None:
         """One round of looking."""
         self.read_events()
-        self.host_bytes = max(self.host_bytes, peak_rss_bytes(self.child.pid) or 0)
+        if not self.is_sampling:
+            return
+        is_working = self.log.phase == "steps"
+        resident_bytes, peak_bytes = rss_bytes(self.child.pid)
+        self.host_bytes = max(self.host_bytes, peak_bytes or 0)
         if self.sampler is not None:
-            self.sampler.look(is_working=self.log.phase == "steps")
+            self.sampler.look(is_working=is_working)
+        self.host_sampler.look(is_working=is_working)
+        self.watched.look(self.log.phase, resident_bytes, self.host_sampler, self.sampler)
 
     def read_events(self) -> None:
         """Take the events that came since the last time; a line that isn't whole yet is left for the next."""
@@ -144,10 +160,20 @@ class _Watch:
             error=error,
             stderr_tail="" if outcome == "ok" else stderr,
             device=self.log.device.get("device", ""),
-            environment={**facts, **(self.sampler.facts() if self.sampler and on_card else {})},
+            environment={
+                **facts,
+                **self.host_sampler.facts(),
+                **(self.sampler.facts() if self.sampler and on_card else {}),
+            },
             samples=self.log.samples(),
             measured=self.measured(),
-            notes=(*self.log.notes, *(self.sampler.doubts() if self.sampler and on_card else ())),
+            timeline=self.log.timeline,
+            watched=self.watched.columns(),
+            notes=(
+                *self.log.notes,
+                *self.host_sampler.doubts(),
+                *(self.sampler.doubts() if self.sampler and on_card else ()),
+            ),
         )
 
     def outcome(self) -> tuple[str, str | None]:

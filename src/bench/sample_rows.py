@@ -9,8 +9,10 @@ import numpy as np
 from planner.setup import TrainSetup
 
 if TYPE_CHECKING:
+    import torch
+
     from bench.data import Example
-    from bench.rundata import RunData
+    from bench.rundata import RunData, StepBatch
 
 RANDOM_STEPS = 3
 """Optimizer steps with rows of their own; later steps see them again."""
@@ -44,6 +46,18 @@ def _random_row(generator: np.random.Generator, num_tokens: int, vocab_size: int
     labels = ids.copy()
     labels[0] = IGNORE_INDEX
     return Example(input_ids=ids, labels=labels, group=str(number))
+
+
+def worst_batch(data: RunData, device: torch.device) -> StepBatch:
+    """One optimizer step with the longest rows of the data: what needs the most memory."""
+    from dataclasses import replace
+
+    rows = data.batches.rows
+    lengths = [sum(data.train[number].num_tokens for number in row) for row in rows]
+    size = data.setup.micro_batch_size * data.setup.grad_accum_steps
+    longest = sorted(range(len(rows)), key=lambda row: -lengths[row])[:size]
+    batches = replace(data.batches, rows=tuple(rows[row] for row in longest))
+    return replace(data, batches=batches).step_batch(0, device)
 
 
 def eval_examples(data: RunData) -> list[Example]:

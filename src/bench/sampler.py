@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from bench.nvml import CardLoad, CardMemory, Handle, Nvml, NvmlQueryError
@@ -33,6 +34,10 @@ class GpuSampler:
     other_pids: set[int] = field(default_factory=set)
     driver_version: str | None = None
     problem: str | None = None
+    last_used_bytes: int | None = None
+    last_load: CardLoad | None = None
+    num_others_now: int | None = None
+    _powers: list[tuple[float, float]] = field(default_factory=list)
     _handle: Handle = None
     _before: CardMemory | None = None
     _due_s: float = 0.0
@@ -84,21 +89,38 @@ class GpuSampler:
             "max_temperature_c": self.max_temperature_c,
             "min_clock_hz": self.min_clock_hz,
             "max_power_w": self.max_power_w,
+            "mean_power_w": self.mean_power_w,
         }
+
+    @property
+    def mean_power_w(self) -> float | None:
+        """Over the time in which the job worked, by the trapezoid rule; None for fewer than two looks."""
+        if len(self._powers) < 2:
+            return None
+        spans = [(b[0] - a[0], (a[1] + b[1]) / 2) for a, b in pairwise(self._powers)]
+        total_s = sum(seconds for seconds, _ in spans)
+        return sum(seconds * watts for seconds, watts in spans) / total_s if total_s > 0 else None
 
     def _see_memory(self, memory: CardMemory) -> None:
         if self._before is not None:
             growth = max(0, self._before.free_bytes - memory.free_bytes)
             self.peak_growth_bytes = max(self.peak_growth_bytes or 0, growth)
+            self.last_used_bytes = growth
 
     def _see_processes(self) -> None:
-        for process in self.nvml.processes(self._handle):
-            if process.pid != self.pid:
-                self.other_pids.add(process.pid)
-            elif process.used_bytes is not None:
+        processes = self.nvml.processes(self._handle)
+        others = {process.pid for process in processes if process.pid != self.pid}
+        self.num_others_now = len(others)
+        self.other_pids |= others
+        for process in processes:
+            if process.pid == self.pid and process.used_bytes is not None:
                 self.peak_used_bytes = max(self.peak_used_bytes or 0, process.used_bytes)
+                self.last_used_bytes = process.used_bytes
 
     def _see_load(self, load: CardLoad) -> None:
+        self.last_load = load
+        if load.power_w is not None:
+            self._powers.append((self.clock(), load.power_w))
         self.throttling.update(load.throttling)
         self.max_temperature_c = _highest(self.max_temperature_c, load.temperature_c)
         self.max_power_w = _highest(self.max_power_w, load.power_w)

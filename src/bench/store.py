@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from bench import timeline
+from bench.timeline import Stretch
 from planner.errors import FinefitError
+from planner.fields import FIELDS
 from planner.files import append_line
 from planner.setup import TrainSetup
 
-SCHEMA_VERSION = 1
-"""Of the lines written here; a reader refuses others by name."""
+SCHEMA_VERSION = 2
+"""Of the lines written here. Version 1 is read too: it had no setup_id, timeline, watched, protocol and fewer figures."""
 
 OUTCOMES = ("ok", "oom", "crash", "killed", "timeout")
 MAX_LINE_BYTES = 2**24
 """A longer line is no record."""
 MAX_NUMBER = 2**63
+MAX_DEPTH = 32
+"""Levels of lists and objects inside a line; a record has 7, with an inline config."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +47,10 @@ class Measured:
     allocator (CUDA only). `device_used_bytes`: the process on the card by NVML; on the CPU its highest resident
     set during the steps. `host_bytes`: the highest resident set of the whole run; `baseline_host_bytes`: after
     the imports, before the model.
-    `phases`: peak of allocated bytes by phase. `step_s` is the median step, `cpu_step_s` in CPU seconds.
+    `phases`: peak of allocated bytes by phase. `terms`: bytes of weights, adapters, gradients and optimizer state.
+    `step_s` is the median step with its 95 % interval (`low_step_s` to `high_step_s`), percentiles and `step_spread`
+    (interquartile range / median); `cpu_step_s` is in CPU seconds. `first_step_s` holds compiling and first
+    allocations; `eval_s` one batch of evaluation, `save_s` one checkpoint. `energy_per_step_j`: of card or processors.
     """
 
     peak_allocated_bytes: int | None = None
@@ -50,11 +59,19 @@ class Measured:
     host_bytes: int | None = None
     baseline_host_bytes: int | None = None
     phases: Mapping[str, int] = field(default_factory=dict)
+    terms: Mapping[str, int] = field(default_factory=dict)
     step_s: float | None = None
     low_step_s: float | None = None
     high_step_s: float | None = None
+    p10_step_s: float | None = None
+    p90_step_s: float | None = None
+    step_spread: float | None = None
     cpu_step_s: float | None = None
     tokens_per_s: float | None = None
+    first_step_s: float | None = None
+    eval_s: float | None = None
+    save_s: float | None = None
+    energy_per_step_j: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +81,8 @@ class Measurement:
     `outcome` is one of OUTCOMES; when it isn't "ok", `last_phase` says how far the run came, `error` why it
     ended in one line, and `stderr_tail` what it printed last. `device`: "cuda", "cpu", or "" if unknown.
     `environment`: versions, processor, driver, commit. `predicted`: the estimate's JSON, if one was given.
+    `timeline`: live bytes along one step by phase; `watched`: columns over the run's seconds; `protocol`: how many
+    steps were taken, and why no more.
     """
 
     id: str
@@ -79,6 +98,9 @@ class Measurement:
     samples: Samples = field(default_factory=Samples)
     measured: Measured = field(default_factory=Measured)
     predicted: Mapping[str, Any] | None = None
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    timeline: tuple[Stretch, ...] = ()
+    watched: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -87,6 +109,16 @@ class Measurement:
         for name in ("id", "time_utc", "gpu", "device", "stderr_tail"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is not a text")
+        for name in ("last_phase", "error"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} is not a text")
+        if not isinstance(self.predicted, Mapping | None):
+            raise ValueError("predicted is not an object")
+
+    @property
+    def setup_id(self) -> str:
+        """The same for equal setups, on every machine."""
+        return setup_id(self.setup)
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values; figures that aren't finite become null."""
@@ -95,18 +127,19 @@ class Measurement:
             "setup": self.setup.to_dict(),
             "samples": asdict(self.samples),
             "measured": asdict(self.measured),
+            "timeline": timeline.to_json(self.timeline),
         }
-        return {"schema_version": SCHEMA_VERSION, **_finite(plain)}
+        return {"schema_version": SCHEMA_VERSION, "setup_id": self.setup_id, **_finite(plain)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Measurement:
         """The record that `to_json` wrote. Raises ValueError, TypeError or SetupError in one line for others."""
         version = record.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise ValueError(f"schema_version {version!r} is not known (this finefit reads {SCHEMA_VERSION})")
-        values = {key: value for key, value in record.items() if key != "schema_version"}
+        if type(version) is not int or version not in range(1, SCHEMA_VERSION + 1):
+            known = f"this finefit reads 1 to {SCHEMA_VERSION}"
+            raise ValueError(f"schema_version {version!r:.20} is not known ({known})")
+        values = {key: value for key, value in record.items() if key not in ("schema_version", "setup_id")}
         _check_keys(values, cls, required=("id", "time_utc", "setup", "gpu", "outcome"))
-        _check_numbers(values, "record")
         return cls(
             **{
                 **values,
@@ -114,9 +147,22 @@ class Measurement:
                 "samples": _samples(_mapping(values, "samples")),
                 "measured": _measured(_mapping(values, "measured")),
                 "environment": _mapping(values, "environment"),
-                "warnings": tuple(values.get("warnings", ())),
+                "protocol": _mapping(values, "protocol"),
+                "timeline": timeline.from_json(values.get("timeline", [])),
+                "watched": _columns(values),
+                "warnings": _texts(values, "warnings"),
             }
         )
+
+
+def setup_id(setup: TrainSetup) -> str:
+    """12 hexadecimal digits that are the same for equal setups, whether a number was written 32 or 32.0."""
+    plain = {
+        name: float(value) if FIELDS[name].kind == "float" and value is not None else value
+        for name, value in setup.to_dict().items()
+    }
+    text = json.dumps(plain, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
 
 
 def check_appendable(path: Path) -> None:
@@ -167,6 +213,7 @@ def _read_line(line: bytes, found: list[Measurement]) -> str | None:
         record = json.loads(line, parse_constant=_refuse_constant)
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
+        check_plain(record)
         found.append(Measurement.from_json(record))
     except (ValueError, TypeError, KeyError, RecursionError, FinefitError) as error:
         if not line.endswith(b"\n"):
@@ -201,16 +248,38 @@ def _check_keys(values: Mapping[str, Any], cls: type, required: tuple[str, ...] 
         raise ValueError(words)
 
 
-def _check_numbers(value: Any, where: str) -> None:
-    """Refuse what no run measures and other programs can't read: infinities and integers beyond 64 bits."""
+def check_plain(value: Any, where: str = "record", depth: int = 0) -> None:
+    """Refuse what no run measures and other programs can't read: infinities, integers beyond 64 bits, deep nesting.
+
+    Raises ValueError that says where.
+    """
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{where[:60]}: nested too deeply for a record")
     if isinstance(value, Mapping):
         for key, item in value.items():
-            _check_numbers(item, f"{where}.{key}")
+            check_plain(item, f"{where}.{key}", depth + 1)
     elif isinstance(value, list):
         for item in value:
-            _check_numbers(item, where)
+            check_plain(item, where, depth + 1)
     elif isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
         raise ValueError(f"{where}: a figure this large is no measurement")
+
+
+def _texts(values: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    found = values.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise ValueError(f"{key} is not a list of texts")
+    return tuple(found)
+
+
+def _columns(values: Mapping[str, Any]) -> Mapping[str, Sequence[Any]]:
+    found = _mapping(values, "watched")
+    if (
+        not all(isinstance(column, list) for column in found.values())
+        or len(set(map(len, found.values()))) > 1
+    ):
+        raise ValueError("watched is not a table of columns of one length")
+    return found
 
 
 def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -232,10 +301,12 @@ def _samples(values: Mapping[str, Any]) -> Samples:
 
 def _measured(values: Mapping[str, Any]) -> Measured:
     _check_keys(values, Measured)
-    phases = _mapping(values, "phases")
-    for key, item in (*phases.items(), *((k, v) for k, v in values.items() if k != "phases")):
-        _check_figure(f"measured.{key}", item)
-    return Measured(**{**values, "phases": phases})
+    tables = {key: _mapping(values, key) for key in ("phases", "terms")}
+    figures = {key: value for key, value in values.items() if key not in tables}
+    for table in (*tables.values(), figures):
+        for key, item in table.items():
+            _check_figure(f"measured.{key}", item)
+    return Measured(**{**figures, **tables})
 
 
 def _check_figure(where: str, value: Any, *, may_be_negative: bool = False) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from bench.anonymise import anonymise
 from bench.jobs import Executor, Progress
 from bench.measure import measure
+from bench.protocol import StepProtocol
 from bench.store import Measurement, append_result
 from planner.errors import FinefitError
 from planner.estimate import estimate
@@ -220,8 +221,7 @@ def _measure(
     warmup, steps = WARMUP_AND_STEPS[machine.gpu.backend != "cpu"]
     measurement = measure(
         case.rung.setup,
-        steps=steps,
-        warmup=warmup,
+        protocol=StepProtocol.of(warmup=warmup, steps=steps),
         predicted=case.predicted,
         gpu=machine.gpu.name,
         timeout_s=left_s,

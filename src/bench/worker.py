@@ -12,13 +12,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from bench import timeline
 from bench.host import peak_rss_bytes, reset_peak_rss
 from bench.jobs import EVENTS_FILE, EventWriter, Job
-from bench.sample_rows import eval_examples, random_data
+from bench.sample_rows import eval_examples, random_data, worst_batch
+from bench.timeline import StepLog
 from planner.errors import FinefitError
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ _OOM_WORDS = ("can't allocate memory", "out of memory")
 def main(arguments: Sequence[str]) -> int:
     """Run the job of a folder; 0 when it was measured, 1 when an error event says why not."""
     folder = Path(arguments[0])
+    die_first()
     with (folder / EVENTS_FILE).open("w", encoding="utf-8") as file:
         emit = EventWriter(file)
         try:
@@ -44,11 +47,26 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def die_first() -> None:
+    """Ask Linux to end this process rather than another one when memory runs out; elsewhere nothing happens."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the device or on the host."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OOM_WORDS)
+
+
+def state_bytes(state: Any, device: Any) -> int:
+    """Bytes of an optimizer's tensors on the device; paged states lie in memory that the device only borrows."""
+    if hasattr(state, "untyped_storage"):
+        is_here = state.device.type == device.type and not getattr(state, "is_paged", False)
+        return state.numel() * state.element_size() if is_here else 0
+    children = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(state_bytes(child, device) for child in children)
 
 
 def _one_line(error: BaseException) -> str:
@@ -62,6 +80,7 @@ class Worker:
     def __init__(self, job: Job, emit: EventWriter) -> None:
         self.job, self.setup, self.emit = job, job.setup, emit
         self.host_bytes = 0
+        self.gradient_bytes: int | None = None
 
     def run(self) -> None:
         """All phases in order; the peaks so far are reported also when one of them fails."""
@@ -71,9 +90,8 @@ class Worker:
         self.load()
         try:
             self.take_steps()
-            if self.live is not None:
-                self.phase("memory")
-                self.measure_live_tensors()
+            self.phase("memory")
+            self.measure_memory()
             self.evaluate_and_save()
         finally:
             self.report_peaks()
@@ -126,9 +144,12 @@ class Worker:
             # Random weights are made in 16 bits and packed afterwards, which a run with real ones doesn't do.
             self.counter.forget()
             self.meter = PhaseMeter(self.counter)
+        gc.collect()
+        self.loaded_bytes = self.counter.now_bytes()
         self.optimizer = build_optimizer(self.setup, self.model)
-        # One step more than is timed: the CPU takes another one to count tensors.
-        schedule = build_schedule(self.setup, self.job.num_warmup + self.job.num_steps + 1)
+        protocol = self.job.protocol
+        # Two steps more than are timed at most: one with the longest rows, and on a GPU one more that is traced.
+        schedule = build_schedule(self.setup, protocol.max_warmup + protocol.max_steps + 2)
         self.step = TrainStep(self.setup, self.model, self.optimizer, schedule=schedule)
         self.data = self.load_data()
         self.read_host_peak()
@@ -159,20 +180,23 @@ class Worker:
         """Warm-up, then the timed steps; on CUDA their peaks come along at no cost."""
         if self.live is None:
             self.step.phase = self.meter
+        protocol = self.job.protocol
         self.phase("warmup")
         reset_peak_rss()
-        for _ in range(self.job.num_warmup):
-            self.timed_step()
+        warmup: list[float] = []
+        while not protocol.is_warm(warmup):
+            warmup.append(self.timed_step())
         gc.collect()
         self.phase("steps")
-        for _ in range(self.job.num_steps):
-            self.timed_step()
+        measured: list[float] = []
+        while not protocol.is_measured(measured):
+            measured.append(self.timed_step())
         resident_bytes = self.read_host_peak()
         if self.live is not None:
             self.emit("memory", device_used_bytes=resident_bytes)
 
-    def timed_step(self) -> None:
-        """One optimizer step by the wall's and by the processors' clock, with nothing else inside."""
+    def timed_step(self) -> float:
+        """One optimizer step by the wall's and by the processors' clock, with nothing else inside; wall seconds."""
         batch = self.data.step_batch(self.step.num_steps_done, self.device)
         self.synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
@@ -181,6 +205,7 @@ class Worker:
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         self.emit("step", wall_s=wall, cpu_s=cpu, num_tokens=batch.num_tokens, loss=float(result.loss))
         self.check_parent()
+        return wall
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock shows finished work."""
@@ -189,18 +214,62 @@ class Worker:
 
             torch.cuda.synchronize(self.device)
 
-    def measure_live_tensors(self) -> None:
-        """One more step on the CPU with its tensors counted; counting costs time, so this one isn't timed."""
-        assert self.live is not None
+    def measure_memory(self) -> None:
+        """One untimed step with the longest rows: peaks by phase, bytes by term, memory along the step.
+
+        Tensors that are counted one by one cost time, which is why no timed step does it.
+        """
         if self.setup.compile:
-            self.emit("note", text="compiled layers hide their tensors: no tensor-level peak on the CPU")
+            self.emit("note", text="compiled layers hide their tensors: no memory along the step")
             self.live = None
-            return
+        log = StepLog()
         self.count_all_tensors()
-        self.step.phase = self.meter
-        batch = self.data.step_batch(self.step.num_steps_done, self.device)
-        with self.live:
+        batch = worst_batch(self.data, self.device)
+        if self.live is not None:
+            self.step.phase = log.within(self.meter)
+            self.live.log = log
+        self.step.on_gradients = self.note_gradients
+        with self.live or nullcontext():
             self.step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
+        self.step.on_gradients = None
+        self.report_terms()
+        if self.device.type == "cuda" and not self.setup.compile:
+            self.trace_on_card(log)
+        self.emit("timeline", stretches=timeline.to_json(timeline.thin(log.stretches)))
+
+    def trace_on_card(self, log: StepLog) -> None:
+        """One more step, with the allocator asked after each operator; kernels that refuse that cost the picture only."""
+        from bench.meters import AllocatedAfterEach
+
+        batch = worst_batch(self.data, self.device)
+        self.step.phase = log.within(self.meter)
+        try:
+            with AllocatedAfterEach(self.device, log):
+                self.step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
+        except NotImplementedError as error:
+            self.emit("note", text=f"no memory along the step: {_one_line(error)}")
+
+    def note_gradients(self, model: Any) -> None:
+        """Count the gradients where they are all there, before they are clipped."""
+        from bench.build import trained_parameters
+
+        grads = [p.grad for p in trained_parameters(model).values() if p.grad is not None]
+        self.gradient_bytes = sum(grad.numel() * grad.element_size() for grad in grads)
+
+    def report_terms(self) -> None:
+        """Bytes of what stays from step to step, and of the gradients."""
+        from bench.build import trained_parameters
+
+        trained = sum(p.numel() * p.element_size() for p in trained_parameters(self.model).values())
+        adapters = trained if self.setup.uses_adapters else 0
+        terms = {
+            "weights": self.loaded_bytes - adapters,
+            "adapters": adapters,
+            "optimizer": state_bytes(self.optimizer.state_dict(), self.device),
+        }
+        if self.gradient_bytes is not None:
+            terms["gradients"] = self.gradient_bytes
+        self.emit("memory", terms=terms)
 
     def evaluate_and_save(self) -> None:
         """One batch of evaluation and one checkpoint, as they happen during training."""
@@ -208,15 +277,24 @@ class Worker:
         from bench.step import no_phase
 
         self.step.phase = no_phase
+        if self.live is not None:
+            self.live.log = None
         self.phase("eval")
+        self.synchronize()
+        start = time.perf_counter()
         with self.live or nullcontext(), self.meter("eval"):
             evaluate(self.step, eval_examples(self.data), pad_id=self.data.pad_id)
+        self.synchronize()
+        self.emit("memory", eval_s=time.perf_counter() - start)
         self.phase("save")
+        start = time.perf_counter()
         with self.live or nullcontext(), self.meter("save"):
-            self.save()
+            is_saved = self.save()
+        if is_saved:
+            self.emit("memory", save_s=time.perf_counter() - start)
 
-    def save(self) -> None:
-        """Write one checkpoint to a temporary folder, if the disk has room for it."""
+    def save(self) -> bool:
+        """Write one checkpoint to a temporary folder, if the disk has room for it; whether it was written."""
         from bench.build import trained_parameters
         from bench.checkpoint import check_disk, save_checkpoint, tensor_bytes
 
@@ -227,8 +305,9 @@ class Worker:
                 check_disk(Path(folder), 2 * (tensor_bytes(weights) + tensor_bytes(state)))
             except FinefitError as error:
                 self.emit("note", text=f"no checkpoint was written: {error}")
-                return
+                return False
             save_checkpoint(Path(folder), 1, weights, state)
+        return True
 
     def report_peaks(self) -> None:
         """What the device's memory showed so far; on the CPU only once a step was counted."""

@@ -81,12 +81,13 @@ def test_context_is_of_the_published_size(verification):
 
 def test_a_plan_too_large_for_the_card_ends_as_out_of_memory():
     from bench.measure import measure
+    from bench.protocol import StepProtocol
     from bench.verify import TINY
     from planner.setup import TrainSetup
 
     config = {**TINY, "num_hidden_layers": 2, "max_position_embeddings": 2**18}
     setup = TrainSetup(model=config, from_scratch=True, method="full", seq_len=2**17, micro_batch_size=64)
-    record = measure(setup, steps=1, warmup=1, timeout_s=300)
+    record = measure(setup, protocol=StepProtocol.of(warmup=1, steps=1), timeout_s=300)
     assert record.outcome == "oom", (record.outcome, record.error)
     assert record.measured.peak_allocated_bytes and record.measured.host_bytes
 
