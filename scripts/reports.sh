@@ -8,4 +8,8 @@ finefit accuracy evidence/memory-runs.jsonl --markdown --worst 20 >reports/accur
 mv reports/accuracy.md.new reports/accuracy.md
 python benchmarks/closed_form_report.py >reports/closed-form-vs-trace.md.new
 mv reports/closed-form-vs-trace.md.new reports/closed-form-vs-trace.md
+finefit claims --markdown >reports/claims.md.new
+mv reports/claims.md.new reports/claims.md
+finefit claims --markdown --lang zh >reports/claims.zh-CN.md.new
+mv reports/claims.zh-CN.md.new reports/claims.zh-CN.md
 python scripts/terminal_picture.py

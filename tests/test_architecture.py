@@ -87,11 +87,11 @@ LAYERS = (
     ("estimate",),
     ("run_time",),
     ("search", "fits", "accuracy", "export", "costs"),
-    ("needs", "facts", "render_estimate", "cli_options", "api", "coverage", "cost_options"),
-    ("render_tables", "render_accuracy", "render_costs", "render_run"),
+    ("needs", "facts", "render_estimate", "cli_options", "api", "coverage", "cost_options", "claims"),
+    ("render_tables", "render_accuracy", "render_costs", "render_run", "render_claims", "claim_rules"),
     ("cli_tables", "cli_accuracy"),
     ("cli_plan",),
-    ("cli_costs", "cli_prices"),
+    ("cli_costs", "cli_prices", "cli_claims"),
     ("cli",),
 )
 """planner from the bottom up. A module may import from layers below its own, and never from its own layer."""

@@ -10,6 +10,7 @@ from planner.hf_config import model_spec
 from planner.memory import MemoryModel
 from planner.pointwise import activation
 from planner.setup import TrainSetup
+from planner.shapes import Shape
 from planner.tape import Tape
 from planner.tape import per_token as per_token_size
 
@@ -40,9 +41,9 @@ def parts(config, **fields):
 def test_falcon_gives_torchs_attention_a_mask_always():
     """A boolean one for all layers, and in each layer an additive one that the kernel keeps."""
     run = model(FALCON, attention="sdpa").run
-    assert run.masks(4096, 1024) == 1024 * 1024
-    assert model(FALCON, attention="flash").run.masks(4096, 1024) == 0
-    assert model(PHI3, attention="sdpa").run.masks(4096, 1024) == 0
+    assert run.masks(Shape(4096, 1024)) == 1024 * 1024
+    assert model(FALCON, attention="flash").run.masks(Shape(4096, 1024)) == 0
+    assert model(PHI3, attention="sdpa").run.masks(Shape(4096, 1024)) == 0
 
 
 def test_falcons_single_value_head_is_a_copy():

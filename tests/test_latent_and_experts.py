@@ -9,6 +9,7 @@ from planner.hf_config import model_spec
 from planner.linears import Recipe
 from planner.memory import MemoryModel
 from planner.setup import TrainSetup
+from planner.shapes import Shape
 from planner.tape import Tape, evaluate, per_token
 
 HEADS, NOPE, ROPE, VALUE, RANK, H = 4, 16, 8, 16, 32, 64
@@ -133,9 +134,9 @@ class TestIdleMask:
         return MemoryModel(TrainSetup(model=model, attention=attention), model_spec(model)).run
 
     def test_a_mask_that_no_layer_reads_is_made_unless_flash_takes_none(self):
-        idle = {kind: self.run_of(kind).idle_masks(8192, 4096) for kind in ("sdpa", "eager", "flash")}
+        idle = {kind: self.run_of(kind).idle_masks(Shape(8192, 4096)) for kind in ("sdpa", "eager", "flash")}
         assert idle == {"sdpa": 4096 * 4096, "eager": 2 * 8192 * 4096, "flash": 0}
 
     def test_families_that_ask_for_what_they_need_have_none(self):
         run = self.run_of("sdpa", model_type="qwen3_moe", shared_expert_intermediate_size=None)
-        assert run.idle_masks(8192, 4096) == 0
+        assert run.idle_masks(Shape(8192, 4096)) == 0

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from planner.cli_accuracy import accuracy_command
+from planner.cli_claims import claims_command
 from planner.cli_costs import costs_command
 from planner.cli_options import SectionedCommand, complete, json_option
 from planner.cli_plan import estimate_command, export_command, plan_command
@@ -82,6 +83,7 @@ COMMANDS: tuple[click.Command, ...] = (
     estimate_command,
     plan_command,
     costs_command,
+    claims_command,
     prices_command,
     export_command,
     list_command,
