@@ -374,7 +374,7 @@ def test_an_estimate_from_a_trace_keeps_the_contract():
         {"sharding": "zero3", "num_gpus": 2},
         {"offload": "optimizer", "sharding": "fsdp", "num_gpus": 2},
         {"compile": True},
-        {"objective": "seq2seq"},
+        {"objective": "seq-cls"},
     ],
 )
 def test_what_the_trace_would_get_wrong_is_refused(changes):

@@ -75,6 +75,7 @@ def load_config(setup: TrainSetup, weights: Path | None) -> Any:
         reason = one_line(error)
         raise ConfigError(f"{setup.model_label}: transformers can't read the config: {reason}") from error
     config.use_cache = False
+    setattr(config, UNTIED, values.get("tie_word_embeddings") is False)
     return config
 
 
@@ -126,6 +127,7 @@ def _base_model(
         if source is None:
             with device:
                 model: nn.Module = auto_class.from_config(config, **options)
+                _match_checkpoint(setup, model, config)
             return quantise(setup, model, device) if setup.quant else model
         if setup.quant:
             options["quantization_config"] = quantisation_config(setup)
@@ -140,6 +142,26 @@ def _base_model(
     except _BUILD_ERRORS as error:
         raise _build_error(setup, attention, error) from error
     return model
+
+
+def _match_checkpoint(setup: TrainSetup, model: Any, config: Any) -> None:
+    """What from_pretrained makes of a checkpoint and from_config doesn't: T5's own head, and what stays in float32.
+
+    T5's config is always tied; from_pretrained unties the head where the file has a matrix for it, which the
+    config.json then says (modeling_utils.py, tie_weights).
+    """
+    head = model.get_output_embeddings()
+    is_untied = getattr(config, UNTIED, False)
+    if is_untied and head is not None and head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    wide = model._get_dtype_plan(torch_dtype(setup.weights_dtype))
+    for name, parameter in model.named_parameters():
+        if config.is_encoder_decoder and any(part in name for part in wide):
+            parameter.data = parameter.data.float()
+
+
+UNTIED = "finefit_untied"
+"""Attribute of a config whose config.json says that head and embeddings are two matrices."""
 
 
 def _buildable_attention(setup: TrainSetup, auto_class: Any, config: Any) -> str:
@@ -191,7 +213,8 @@ def quantise(setup: TrainSetup, model: nn.Module, device: torch.device) -> nn.Mo
 
     config = quantisation_config(setup)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or _is_conv1d(m)}
-    replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
+    kept = [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    replace_with_bnb_linear(model, kept, config)
     for name, linear in linears.items():
         replaced = model.get_submodule(name)
         if replaced is not linear and device.type != "meta":

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -38,8 +39,14 @@ def full_loss(model: nn.Module, batch: Batch, num_trained: int, phase: Phase) ->
             labels=batch["labels"],
             vocab_size=logits.shape[-1],
             num_items_in_batch=num_trained,
+            **({"shift_labels": batch["labels"]} if _is_aligned(inner) else {}),
         )
     return loss
+
+
+def _is_aligned(inner: Any) -> bool:
+    """Whether a label stands where its logits are: a decoder of its own is given its tokens shifted."""
+    return bool(inner.config.is_encoder_decoder)
 
 
 def chunked_loss(model: nn.Module, batch: Batch, num_trained: int, phase: Phase) -> torch.Tensor:
@@ -62,12 +69,27 @@ def _head_loss(
     head, softcap = plain_head(inner)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with phase("forward"):
-        hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state
+        hidden = _last_hidden(inner, head, inputs)
     with phase("loss"):
-        labels = functional.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:].reshape(-1)
+        labels = batch["labels"]
+        if not _is_aligned(inner):
+            labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+        labels = labels.reshape(-1)
         rows = hidden.reshape(-1, hidden.shape[-1])
         with_grad = torch.is_grad_enabled()
         return cross_entropy(rows, head.weight, head.bias, labels, num_trained, softcap, with_grad)
+
+
+def _last_hidden(inner: Any, head: nn.Module, inputs: Batch) -> torch.Tensor:
+    """What the head reads."""
+    hidden: torch.Tensor
+    if inner.base_model is not inner:
+        hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state
+        return hidden
+    # T5 has no module below the head, and may scale in between.
+    with mock.patch.object(head, "forward", lambda rows: rows):
+        hidden = inner(**inputs, use_cache=False).logits
+    return hidden
 
 
 def plain_head(inner: Any) -> tuple[nn.Linear, float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from planner.errors import NotModelledError, SetupError
@@ -68,6 +68,20 @@ LOGIT_SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_m
 """config.json's keys that multiply the logits after the head: a loss that takes the head itself can't know them."""
 
 
+OBJECTIVES: Mapping[str, str] = {"decoder": "sft", "encoder": "mlm", "encoder-decoder": "seq2seq"}
+"""What a model is trained for where nothing is asked for, by its architecture."""
+_ARCHITECTURES = {
+    **dict.fromkeys(("sft", "pretrain", "dpo"), "decoder"),
+    "mlm": "encoder",
+    "seq2seq": "encoder-decoder",
+}
+"""What an objective needs; one that isn't here takes any."""
+
+
+def _with_article(architecture: str) -> str:
+    return f"{'an' if architecture[0] in 'aeiou' else 'a'} {architecture}"
+
+
 def check(setup: TrainSetup, machine: Machine, model: ModelSpec) -> None:
     """Raise SetupError for the first law that is broken, NotModelledError for a back end without rules."""
     find_method(setup.method)
@@ -80,9 +94,12 @@ def check(setup: TrainSetup, machine: Machine, model: ModelSpec) -> None:
     for law in _LAWS:
         if law.is_broken(setup, machine.gpu):
             raise SetupError(law.field, law.message.format(gpu=machine.gpu.name))
-    if setup.objective in ("sft", "pretrain", "dpo") and model.architecture != "decoder":
+    needed = _ARCHITECTURES.get(setup.objective, model.architecture)
+    if model.architecture != needed:
         raise SetupError(
-            "objective", f"{setup.objective} needs a decoder, and {model.name} is an {model.architecture}"
+            "objective",
+            f"{setup.objective} needs {_with_article(needed)}, and {model.name} is {_with_article(model.architecture)}; "
+            f"use {OBJECTIVES[model.architecture]}",
         )
     able = attentions(model)
     if setup.stack is None and setup.attention not in able:

@@ -169,6 +169,8 @@ class Estimator:
             usable,
             self.uncertainty.note,
         ]
+        if self.model.architecture == "encoder-decoder":
+            words.append(f"the encoder reads and the decoder writes {self.setup.seq_len} tokens each")
         if isinstance(self._memory, TracedMemoryModel):
             words.append(self._memory.coefficients.describe())
         return words

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from planner.checks import OBJECTIVES
 from planner.errors import NotModelledError, SetupError, UsageError
 from planner.estimate import Estimator, precision_recipe, usable_memory
 from planner.methods import find_method
@@ -42,8 +43,6 @@ MAX_SEQ_LEN = 131_072
 """Where a model names no limit of its own."""
 MAX_MICRO_BATCH = 512
 """The largest micro-batch that is tried: far beyond what fills a GPU."""
-OBJECTIVES: Mapping[str, str] = {"decoder": "sft", "encoder": "mlm", "encoder-decoder": "seq2seq"}
-"""What a model is trained for where nothing is asked for, by its architecture."""
 
 LICENSES: Mapping[str, Callable[[ModelSpec], bool]] = {
     "commercial": lambda model: (model.commercial or "").startswith("yes")

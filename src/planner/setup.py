@@ -64,7 +64,7 @@ class TrainSetup:
     optimizer: str = _doc("optimizer", "adamw")
     micro_batch_size: int = _doc("sequences per GPU and forward pass", 1)
     grad_accum_steps: int = _doc("forward passes per optimizer step", 1)
-    seq_len: int = _doc("tokens per sequence", 2048)
+    seq_len: int = _doc("tokens per sequence; of an encoder-decoder, of source and target each", 2048)
     packing: bool = _doc("several rows per sequence, isolated from each other", False)
     padding_free: bool = _doc("no padding: rows concatenated without gaps", False)
     checkpointing: str = _doc("activation checkpointing", "full")

@@ -48,6 +48,9 @@ def attention(
     head_dim = query.shape[-1]
     is_flash = attn_mask is None and query.dtype != torch.float32 and head_dim <= MAX_FLASH_HEAD_DIM
     bias = None if attn_mask is None else _as_bias(attn_mask, query.dtype)
+    if bias is not None:
+        # A view; its gradient is of this size before it is summed (attention.cpp, preprocess_mask).
+        bias = bias.expand(*query.shape[:3], key.shape[2])
     out: torch.Tensor
     # Autocast casts what goes in and is off inside (autocast_mode.h, WrapFunction_).
     with without_autocast():
@@ -243,7 +246,7 @@ class EfficientAttention(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """All [batch, heads, tokens, head_dim]; `bias` can be broadcast to [batch, heads, tokens, tokens]."""
+        """All [batch, heads, tokens, head_dim]; `bias` [batch, heads, tokens, tokens] may be a broadcast view."""
         batch, heads, tokens, _ = query.shape
         out = torch.empty((batch, tokens, heads, value.shape[-1]), dtype=query.dtype).transpose(1, 2)
         logsumexp = torch.empty((batch, heads, round_up(tokens, 32)), dtype=torch.float32)
@@ -253,10 +256,11 @@ class EfficientAttention(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """While it runs: the row sums and, in 16 bits, a float32 accumulator of dq."""
-        query, key, value, _, _, logsumexp = ctx.saved_tensors
+        query, key, value, bias, _, logsumexp = ctx.saved_tensors
         d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))
+        d_bias = torch.empty(bias.shape, dtype=bias.dtype) if ctx.needs_input_grad[3] else None
         held = [torch.empty_like(logsumexp)]
         if query.dtype != torch.float32:
             held.append(torch.empty(query.shape, dtype=torch.float32))
         del held
-        return d_query, d_key, d_value, None
+        return d_query, d_key, d_value, d_bias

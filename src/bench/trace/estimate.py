@@ -31,8 +31,8 @@ TRACED_SHARDINGS = ("ddp", "fsdp")
 _UNTRACED: tuple[tuple[str, Callable[[TrainSetup], bool], str], ...] = (
     (
         "objective",
-        lambda s: s.objective not in ("sft", "pretrain", "mlm"),
-        "`finefit train` can't run it, so there is no step to trace; sft, pretrain and mlm can be traced",
+        lambda s: s.objective not in ("sft", "pretrain", "mlm", "seq2seq"),
+        "`finefit train` can't run it, so there is no step to trace; sft, pretrain, mlm and seq2seq can be traced",
     ),
     (
         "sharding",

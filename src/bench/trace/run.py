@@ -316,11 +316,13 @@ def _no_phase(name: str) -> Any:
 def fake_batch(setup: TrainSetup, num_rows: int) -> dict[str, torch.Tensor]:
     """What bench.batching.collate makes of rows without padding: int64 [num_rows, seq_len].
 
-    Hugging Face's collators, which a named stack stands for, give no positions.
+    Hugging Face's collators, which a named stack stands for, give no positions. An encoder-decoder reads `seq_len`
+    tokens and writes as many.
     """
     shape = (num_rows, setup.seq_len)
-    batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
-    if not setup.stack:
+    names = ("input_ids", "labels", "decoder_input_ids")[: 3 if setup.objective == "seq2seq" else 2]
+    batch = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+    if not setup.stack and setup.objective != "seq2seq":
         batch["position_ids"] = torch.arange(setup.seq_len).repeat(num_rows, 1)
     return batch
 
