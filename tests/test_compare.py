@@ -11,9 +11,11 @@ pytest.importorskip("numpy")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.compare import compare, predicted_vs_measured
+from bench.compare import compare, compare_files, predicted_vs_measured
+from bench.gates import check_gates, read_gate
 from bench.store import Measured, Measurement, Samples
-from planner.errors import UsageError
+from bench.terms import errors_by_term, term_rows
+from planner.errors import GateError, UsageError
 from planner.setup import TrainSetup
 
 MACHINE = {"machine_id": "abc", "cpu_model": "x", "num_cpus": 2, "versions": {"torch": "2.13.0"}}
@@ -113,3 +115,86 @@ def test_sides_without_a_successful_run_are_a_usage_error():
 def test_doubts_of_the_runs_travel_along():
     noted = run(*STEADY, warnings=("hot",))
     assert compare([noted], [noted]).warnings.count("hot") == 1
+
+
+def test_two_machines_in_one_file_are_refused_and_named():
+    other = run(*STEADY, environment={**MACHINE, "machine_id": "def", "cpu_model": "y"})
+    with pytest.raises(UsageError, match=r"A mixes runs of 2 machines \(x abc, y def\)"):
+        compare([run(*STEADY), other], [run(*STEADY)])
+
+
+def test_sweeps_are_compared_setup_by_setup():
+    def swept(factor: float, *ranks: int) -> list[Measurement]:
+        return [
+            run(*(factor * rank * t for t in STEADY), setup=TrainSetup(model="m", rank=rank))
+            for rank in ranks
+        ]
+
+    found, lonely = compare_files(swept(1, 4, 8, 16), swept(1.5, 8, 16, 32))
+    assert [round(c.step.ratio, 6) for c in found] == [1.5, 1.5] and all(c.label for c in found)
+    assert not any(c.setup_differences for c in found)
+    assert [line[:6] for line in lonely] == ["only A", "only B"]
+    with pytest.raises(UsageError, match="share no setup"):
+        compare_files(swept(1, 4, 8), swept(1, 2))
+    (direct,), _ = compare_files(swept(1, 4), swept(1, 8))
+    assert direct.setup_differences == {"rank": (4, 8)}
+
+
+def test_a_gate_holds_or_is_exit_3():
+    found = [compare([run(*STEADY)], [run(*(1.1 * t for t in STEADY))])]
+    assert check_gates([read_gate("step_s <= 1.2"), read_gate("peak_allocated_bytes<1.01")], found)
+    with pytest.raises(GateError, match=r"step_s<=1\.05: 1\.1") as error:
+        check_gates([read_gate("step_s<=1.05"), read_gate("cpu_step_s<2")], found)
+    assert error.value.exit_code == 3 and "cpu_step_s" not in str(error.value)
+    with pytest.raises(GateError, match="not measured"):
+        check_gates([read_gate("eval_s<=2")], found)
+    elsewhere = run(*STEADY, environment={**MACHINE, "machine_id": "def"})
+    strangers = [compare([run(*STEADY)], [elsewhere])]
+    with pytest.raises(GateError, match="different machines"):
+        check_gates([read_gate("step_s<=2")], strangers)
+    assert check_gates([read_gate("step_s<=2")], strangers, any_machine=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["step_s", "step_s=1", "step<=1", "step_s<=x", "step_s<=1e999", "<=1", "step_s<=1;2"]
+)
+def test_a_gate_that_is_none_is_a_usage_error(text):
+    with pytest.raises(UsageError):
+        read_gate(text)
+
+
+TERMS = {"weights": 100, "adapters": 10, "optimizer": 20, "gradients": 10, "activations": 60}
+PREDICTED = {
+    "memory": {
+        "terms": {**TERMS, "logits": 0, "workspace": 0, "context": 30, "fragmentation": 5},
+        "phases": {"backward": 200, "save": 150},
+    },
+    "time": {"step_s": 2.0},
+}
+
+
+def test_errors_by_term_add_up_to_the_error_of_the_peak():
+    measured = Measured(
+        peak_allocated_bytes=220,
+        peak_reserved_bytes=230,
+        device_used_bytes=250,
+        phases={"backward": 220},
+        terms={"weights": 120, "adapters": 10, "optimizer": 20, "gradients": 10},
+        step_s=1.0,
+    )
+    one = run(*STEADY, device="cuda", predicted=PREDICTED, measured=measured)
+    rows = {row.part: row for row in term_rows(one)}
+    parts = ("weights", "adapters", "optimizer", "gradients + activations + logits + workspace")
+    assert sum(rows[part].share for part in parts) == pytest.approx((200 - 220) / 220)
+    assert rows["fragmentation"].measured == 10 and rows["context"].measured == 20
+    assert rows["phase backward"].relative_error == pytest.approx(-20 / 220)
+    assert "phase save" not in rows and rows["step_s"].relative_error == 1
+    errors = {error.part: error for error in errors_by_term([one, replace(one, outcome="oom"), run(*STEADY)])}
+    assert errors["weights"].num_runs == 1 and errors["weights"].bias == pytest.approx(-1 / 6)
+
+
+@pytest.mark.parametrize(
+    "predicted", [None, {}, {"memory": [], "time": "x"}, {"memory": {"terms": {"weights": "x"}}}]
+)
+def test_a_strange_prediction_gives_no_term(predicted):
+    assert term_rows(run(*STEADY, predicted=predicted)) == []

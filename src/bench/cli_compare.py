@@ -17,27 +17,42 @@ from planner.render import format_json, terminal_width
 from planner.results import SCHEMA_VERSION
 
 if TYPE_CHECKING:
+    from bench.gates import Gate
     from bench.store import Measurement
     from bench.verify import Verification
 
 
-@click.command("compare", cls=SectionedCommand, epilog="Example: finefit compare results.jsonl --predicted")
+@click.command(
+    "compare",
+    cls=SectionedCommand,
+    epilog="Example: finefit compare before.jsonl after.jsonl --gate step_s<=1.05",
+)
 @click.argument(
     "files", metavar="RESULTS [RESULTS]", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
 @click.option("--predicted", is_flag=True, help="Compare one file's runs with what was predicted for them.")
+@click.option(
+    "--gate", "gates", multiple=True, metavar="QUANTITY<=RATIO", help="Exit 3 where B / A leaves this bound."
+)
+@click.option("--any-machine", is_flag=True, help="Judge gates also on runs of different machines.")
 @json_option
-def compare_command(files: tuple[Path, ...], predicted: bool, as_json: bool) -> None:
+def compare_command(
+    files: tuple[Path, ...], predicted: bool, gates: tuple[str, ...], any_machine: bool, as_json: bool
+) -> None:
     """Compare measurements with predictions, or two files of them.
 
-    RESULTS --predicted: each run with what was predicted for it. A B: the runs of B against those of A.
+    RESULTS --predicted: each run with what was predicted for it, and the error by term. A B: the runs of B against
+    those of A, setup by setup; ratios are B / A. Exit code 3: a gate doesn't hold.
     """
-    if len(files) != (1 if predicted else 2):
-        raise UsageError("compare takes one file with --predicted, or two files without")
+    from bench.gates import read_gate
+
+    if len(files) != (1 if predicted else 2) or (predicted and gates):
+        raise UsageError("compare takes one file with --predicted, or two files without (and --gate)")
+    bounds = [read_gate(gate) for gate in gates]
     if predicted:
         _compare_predicted(files[0], as_json)
     else:
-        _compare_two(files[0], files[1], as_json)
+        _compare_two(files[0], files[1], bounds, any_machine, as_json)
 
 
 def _read(path: Path) -> list[Measurement]:
@@ -50,29 +65,56 @@ def _read(path: Path) -> list[Measurement]:
 
 
 def _compare_predicted(path: Path, as_json: bool) -> None:
-    from bench.cli_text import format_predictions
+    from bench.cli_text import MAX_SHOWN_RUNS, format_predictions, format_term_errors
     from bench.compare import predicted_vs_measured
+    from bench.terms import errors_by_term, term_rows
 
-    rows = predicted_vs_measured(_read(path))
+    runs = _read(path)
+    rows = predicted_vs_measured(runs)
+    terms = errors_by_term(runs)
     if as_json:
         plain = [{**asdict(row), "relative_error": row.relative_error} for row in rows]
-        click.echo(format_json({"schema_version": SCHEMA_VERSION, "rows": plain}))
+        parts = [
+            {**asdict(row), "relative_error": row.relative_error, "share": row.share}
+            for run in runs
+            for row in term_rows(run)
+        ]
+        click.echo(
+            format_json(
+                {
+                    "schema_version": SCHEMA_VERSION,
+                    "rows": plain,
+                    "term_rows": parts,
+                    "terms": [asdict(term) for term in terms],
+                }
+            )
+        )
         return
     if not rows:
         raise FinefitError(f"{path} has no successful run with a prediction")
-    click.echo(format_predictions(rows, terminal_width()))
+    shown = {row.id for row in rows}
+    if len(shown) <= MAX_SHOWN_RUNS:
+        click.echo(format_predictions(rows, terminal_width()))
+    else:
+        click.echo(f"{len(shown)} runs; --json lists them")
+    click.echo()
+    click.echo(format_term_errors(terms, terminal_width()))
 
 
-def _compare_two(a: Path, b: Path, as_json: bool) -> None:
+def _compare_two(a: Path, b: Path, gates: list[Gate], any_machine: bool, as_json: bool) -> None:
     from bench.cli_text import format_comparison
-    from bench.compare import compare
+    from bench.compare import compare_files
+    from bench.gates import check_gates
 
-    found = compare(_read(a), _read(b))
+    found, lonely = compare_files(_read(a), _read(b))
     if as_json:
-        plain = {**asdict(found), "is_significant": found.is_significant}
-        click.echo(format_json({"schema_version": SCHEMA_VERSION, **plain}))
-        return
-    click.echo(format_comparison(found, terminal_width()))
+        plain = [{**asdict(one), "is_significant": one.is_significant} for one in found]
+        answer = plain[0] if len(plain) == 1 else {"comparisons": plain}
+        click.echo(format_json({"schema_version": SCHEMA_VERSION, **answer, "unmatched": lonely}))
+    else:
+        click.echo("\n\n".join(format_comparison(one, terminal_width()) for one in found))
+    for line in (*([] if as_json else lonely), *check_gates(gates, found, any_machine=any_machine)):
+        click.echo(line, err=True)
 
 
 @click.command("verify", cls=SectionedCommand, epilog="Example: finefit verify --out records")

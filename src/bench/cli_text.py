@@ -8,12 +8,15 @@ from typing import Any
 from bench.compare import Comparison, PredictionRow, predicted_vs_measured
 from bench.stats import Ratio
 from bench.store import Measurement
+from bench.terms import TermError
 from bench.verify import Verification, VerifyRow
 from planner.render import Column, blank_repeats, format_facts, format_table, paint, printable, wrap
 from planner.units import format_duration, gib
 
 MAX_SAMPLE_CHARS = 300
 """Of an answer that is shown after a run; summary.json has all of it."""
+MAX_SHOWN_RUNS = 20
+"""Above this many, a table of all runs is left to --json."""
 GOOD_ERROR, FAIR_ERROR = 0.05, 0.15
 """Up to which relative error a prediction is shown as good, and as fair."""
 
@@ -94,6 +97,27 @@ def format_predictions(rows: Sequence[PredictionRow], width: int | None = None) 
     return format_table(columns, width)
 
 
+def format_term_errors(terms: Sequence[TermError], width: int | None = None) -> str:
+    """Error by term and phase over all runs."""
+
+    def column(title: str, show: Callable[[TermError], str], drop: int = 0) -> Column:
+        return Column(title=title, cells=tuple(map(show, terms)), drop=drop, is_number=True)
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else _percent(value)
+
+    columns = [
+        Column(title="part", cells=tuple(term.part for term in terms)),
+        column("runs", lambda t: str(t.num_runs), 2),
+        column("mean error", lambda t: percent(t.bias)),
+        column("by size", lambda t: percent(t.mean_error).lstrip("+"), 1),
+        column("worst", lambda t: percent(t.worst_error)),
+        column("of the whole", lambda t: percent(t.mean_share)),
+    ]
+    heading = paint("Error by term and phase (predicted over measured)", "strong")
+    return f"{heading}\n{format_table(columns, width)}"
+
+
 def format_verification(found: Verification, width: int | None = None) -> str:
     """The ladder: closed form, trace and measurement of every case, then where the record lies."""
     rows = found.rows
@@ -125,13 +149,15 @@ def format_verification(found: Verification, width: int | None = None) -> str:
 
 def format_comparison(found: Comparison, width: int | None = None) -> str:
     """B against A."""
-    facts = [("step time, B / A", _ratio(found.step))]
+    facts = [("setup", printable(found.label))] if found.label else []
+    facts.append(("step time, B / A", _ratio(found.step)))
     if found.cpu_step is not None:
         facts.append(("CPU seconds per step, B / A", _ratio(found.cpu_step)))
     if found.peak_allocated_ratio is not None:
         facts.append(("peak of live tensors, B / A", f"{found.peak_allocated_ratio:.3f}"))
     facts.append(("runs", f"{found.num_runs_a} and {found.num_runs_b}; intervals over each {found.unit}"))
     facts.append(("same machine", _known(found.is_same_machine)))
+    facts.append(("same versions", _known(found.is_same_versions)))
     facts += [(f"differs: {name}", f"{a} -> {b}") for name, (a, b) in found.setup_differences.items()]
     facts += [(f"differs: {name}", f"{a} -> {b}") for name, (a, b) in found.version_differences.items()]
     verdict = "the step times differ" if found.is_significant else "no difference that chance can't explain"

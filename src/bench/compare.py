@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.stats import Ratio, median_ratio
 from bench.store import Measurement
+from bench.terms import is_number, table_of
 from planner.errors import UsageError
 
 QUANTITIES = (
@@ -25,6 +26,9 @@ MIN_RUNS = 3
 between runs."""
 SIGNIFICANCE = 0.05
 HARDWARE_KEYS = ("cpu_model", "num_cpus", "gpu_name")
+PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "host_bytes")
+GATED = ("step_s", "cpu_step_s", "tokens_per_s", "energy_per_step_j", "eval_s", "save_s", *PEAKS)
+"""Quantities whose ratio B / A a gate can bound."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,20 +57,27 @@ class Comparison:
 
     `unit` says what the samples of `step` and `cpu_step` are: "run" (medians of runs) or "step".
     `is_same_machine` and `is_same_versions` are None where a record doesn't say. `setup_differences` and
-    `version_differences` map a name to A's and B's value.
+    `version_differences` map a name to A's and B's value. `label` says which setup it is where there are several;
+    `ratios` has every quantity of GATED that both sides measured.
     """
 
+    label: str = ""
     num_runs_a: int
     num_runs_b: int
     unit: str
     step: Ratio
     cpu_step: Ratio | None
-    peak_allocated_ratio: float | None
+    ratios: Mapping[str, float]
     is_same_machine: bool | None
     is_same_versions: bool | None
     setup_differences: Mapping[str, tuple[Any, Any]]
     version_differences: Mapping[str, tuple[Any, Any]]
     warnings: tuple[str, ...]
+
+    @property
+    def peak_allocated_ratio(self) -> float | None:
+        """Of the highest peak of live tensors of each side; None where one side measured none."""
+        return self.ratios.get("peak_allocated_bytes")
 
     @property
     def is_significant(self) -> bool:
@@ -81,12 +92,11 @@ def predicted_vs_measured(results: Iterable[Measurement]) -> list[PredictionRow]
 
 
 def _rows(result: Measurement) -> list[PredictionRow]:
-    predicted = result.predicted or {}
     rows = []
     for quantity, part in QUANTITIES:
         measured = getattr(result.measured, quantity)
-        value = (predicted.get(part) or {}).get(quantity)
-        if not measured or value is None:
+        value = table_of(result.predicted, part).get(quantity)
+        if not measured or not is_number(value):
             continue
         rows.append(
             PredictionRow(
@@ -98,26 +108,66 @@ def _rows(result: Measurement) -> list[PredictionRow]:
                 quantity=quantity,
                 predicted=float(value),
                 measured=float(measured),
-                source=str(predicted.get("source", "unknown")),
+                source=str((result.predicted or {}).get("source", "unknown")),
             )
         )
     return rows
 
 
-def compare(a: Sequence[Measurement], b: Sequence[Measurement]) -> Comparison:
-    """How B's runs differ from A's. Raises UsageError when a side has no successful run with steps."""
+def compare_files(a: Sequence[Measurement], b: Sequence[Measurement]) -> tuple[list[Comparison], list[str]]:
+    """Sweeps setup by setup, and what only one side has; single setups directly, also where they differ.
+
+    Raises UsageError when a side has no successful run, mixes machines, or shares no setup with the other.
+    """
+    by_setup = [_by_setup(_successful(runs, side)) for runs, side in ((a, "A"), (b, "B"))]
+    if all(len(setups) == 1 for setups in by_setup):
+        return [compare(a, b)], []
+    shared = [key for key in by_setup[0] if key in by_setup[1]]
+    if not shared:
+        raise UsageError("A and B share no setup, and one of them holds several: nothing to compare")
+    lonely = [
+        f"only {side} has {_describe(runs[0])}"
+        for side, setups in zip("AB", by_setup, strict=True)
+        for key, runs in setups.items()
+        if key not in shared
+    ]
+    return [
+        compare(by_setup[0][key], by_setup[1][key], label=_describe(by_setup[0][key][0])) for key in shared
+    ], lonely
+
+
+def _by_setup(runs: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    found: dict[str, list[Measurement]] = {}
+    for run in runs:
+        found.setdefault(run.setup_id, []).append(run)
+    return found
+
+
+def _describe(run: Measurement) -> str:
+    setup = run.setup
+    return f"{setup.method} of {setup.model_label}, {setup.micro_batch_size} x {setup.seq_len}, setup {run.setup_id}"
+
+
+def compare(a: Sequence[Measurement], b: Sequence[Measurement], *, label: str = "") -> Comparison:
+    """How B's runs differ from A's.
+
+    Raises UsageError when a side has no successful run with steps, or mixes machines.
+    """
     runs_a, runs_b = _successful(a, "A"), _successful(b, "B")
     is_by_run = min(len(runs_a), len(runs_b)) >= MIN_RUNS
     wall = [_pool(runs, "step_wall_s", is_by_run) for runs in (runs_a, runs_b)]
     cpu = [_pool(runs, "step_cpu_s", is_by_run) for runs in (runs_a, runs_b)]
     versions = _differences(_versions(runs_a[0]), _versions(runs_b[0]))
+    step = median_ratio(*wall)
+    cpu_step = median_ratio(*cpu) if all(cpu) and min(map(min, cpu)) > 0 else None
     return Comparison(
+        label=label,
         num_runs_a=len(runs_a),
         num_runs_b=len(runs_b),
         unit="run" if is_by_run else "step",
-        step=median_ratio(*wall),
-        cpu_step=median_ratio(*cpu) if all(cpu) and min(map(min, cpu)) > 0 else None,
-        peak_allocated_ratio=_memory_ratio(runs_a, runs_b),
+        step=step,
+        cpu_step=cpu_step,
+        ratios=_ratios(runs_a, runs_b, step, cpu_step),
         is_same_machine=_is_same_machine(runs_a + runs_b),
         is_same_versions=not versions if _versions(runs_a[0]) and _versions(runs_b[0]) else None,
         setup_differences=_differences(runs_a[0].setup.to_dict(), runs_b[0].setup.to_dict()),
@@ -130,7 +180,24 @@ def _successful(runs: Sequence[Measurement], side: str) -> list[Measurement]:
     good = [run for run in runs if run.outcome == "ok" and run.samples.step_wall_s]
     if not good:
         raise UsageError(f"{side} has no successful run with measured steps: nothing to compare")
+    machines = {str(_machine(run)): _name(run) for run in good}
+    if len(machines) > 1:
+        names = ", ".join(sorted(machines.values()))
+        raise UsageError(
+            f"{side} mixes runs of {len(machines)} machines ({names}): give files of one machine each"
+        )
     return good
+
+
+def _machine(run: Measurement) -> tuple[Any, ...]:
+    """What tells machines apart in one file: the id where there is one, the hardware, the device that was used."""
+    keys = ("machine_id", *HARDWARE_KEYS)
+    return (run.device, *(run.environment.get(key) for key in keys))
+
+
+def _name(run: Measurement) -> str:
+    hardware = run.environment.get("gpu_name") if run.device != "cpu" else run.environment.get("cpu_model")
+    return f"{hardware or 'unknown hardware'} {run.environment.get('machine_id') or ''}".strip()
 
 
 def _pool(runs: Sequence[Measurement], name: str, is_by_run: bool) -> list[float]:
@@ -140,10 +207,20 @@ def _pool(runs: Sequence[Measurement], name: str, is_by_run: bool) -> list[float
     return [value for values in series for value in values]
 
 
-def _memory_ratio(a: Sequence[Measurement], b: Sequence[Measurement]) -> float | None:
-    peaks = [[run.measured.peak_allocated_bytes for run in side] for side in (a, b)]
-    known = [[peak for peak in side if peak] for side in peaks]
-    return max(known[1]) / max(known[0]) if all(known) else None
+def _ratios(
+    a: Sequence[Measurement], b: Sequence[Measurement], step: Ratio, cpu_step: Ratio | None
+) -> dict[str, float]:
+    """B / A of every quantity that both sides have: the highest of peaks, the median of the rest."""
+    found = {"step_s": step.ratio}
+    if cpu_step is not None:
+        found["cpu_step_s"] = cpu_step.ratio
+    for name in GATED:
+        sides = [[getattr(run.measured, name) for run in side] for side in (a, b)]
+        known = [[value for value in side if value] for side in sides]
+        if name not in found and all(known):
+            summary = max if name in PEAKS else median
+            found[name] = summary(known[1]) / summary(known[0])
+    return found
 
 
 def _is_same_machine(runs: Sequence[Measurement]) -> bool | None:

@@ -19,6 +19,7 @@ from bench.jobs import Executor, Progress
 from bench.measure import measure
 from bench.protocol import StepProtocol
 from bench.store import Measurement, append_result
+from bench.terms import context_bytes
 from planner.errors import FinefitError
 from planner.estimate import estimate
 from planner.results import Estimate
@@ -106,7 +107,7 @@ class Verification:
     @property
     def context_bytes(self) -> int | None:
         """What a process takes beside its tensors: on a card, device use less reserved; on the CPU, the imports."""
-        found = [_context_bytes(case.measurement) for case in self.cases if case.measurement]
+        found = [context_bytes(case.measurement) for case in self.cases if case.measurement]
         known = [value for value in found if value is not None]
         return round(median(known)) if known else None
 
@@ -261,12 +262,3 @@ def _rows(case: Case) -> list[VerifyRow]:
 def _value(answer: Mapping[str, Any] | None, quantity: str) -> float | None:
     value = ((answer or {}).get(_SOURCES[quantity]) or {}).get(quantity)
     return None if value is None else float(value)
-
-
-def _context_bytes(run: Measurement) -> int | None:
-    measured = run.measured
-    if run.device == "cpu":
-        return measured.baseline_host_bytes
-    if measured.device_used_bytes is None or measured.peak_reserved_bytes is None:
-        return None
-    return measured.device_used_bytes - measured.peak_reserved_bytes
