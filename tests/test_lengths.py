@@ -87,7 +87,7 @@ MACHINE = Machine(gpu=find_gpu("rtx-4090"))
 def timed(lengths, length=None, **fields):
     setup = TrainSetup(model=MODEL, method="qlora", seq_len=512, grad_accum_steps=4, **fields)
     found = estimate(setup, MACHINE)
-    return found, run_time(found, MACHINE, resolve(setup), lengths, length)
+    return found, run_time(setup, found.time, MACHINE, resolve(setup), lengths, length)
 
 
 def test_full_rows_take_the_steps_times_the_step():

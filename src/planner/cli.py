@@ -10,8 +10,9 @@ from planner.cli_accuracy import accuracy_command
 from planner.cli_claims import claims_command
 from planner.cli_costs import costs_command
 from planner.cli_options import SectionedCommand, complete, json_option
-from planner.cli_plan import estimate_command, export_command, plan_command
+from planner.cli_plan import estimate_command, export_command
 from planner.cli_prices import prices_command
+from planner.cli_search import plan_command
 from planner.cli_tables import fits_command, needs_command
 from planner.facts import KIND_NAMES, Fact, Record, find_anything, find_kind
 from planner.render import format_facts, format_json, format_table, paint, terminal_width

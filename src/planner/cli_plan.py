@@ -24,7 +24,7 @@ from planner.cli_options import (
 )
 from planner.cli_tables import complete_model, online_option
 from planner.errors import FinefitError, UsageError
-from planner.planfile import looks_like_plan, read_plan, write_plan
+from planner.planfile import looks_like_plan, read_plan
 from planner.render import format_json, terminal_width
 
 if TYPE_CHECKING:
@@ -172,65 +172,6 @@ def case_lines(name: str) -> Iterator[bytes]:
             yield from file
     except OSError as error:
         raise FinefitError(f"can't read {name}: {error.strerror or error}") from error
-
-
-@click.command(
-    "plan",
-    cls=SectionedCommand,
-    epilog="Example: finefit plan llama-3.1-8b --gpu rtx-4090 --data my.jsonl --out plan.yaml",
-)
-@click.argument("model", shell_complete=complete_model)
-@gpu_option(required=True)
-@click.option(
-    "--global-batch-size", type=click.IntRange(min=1), metavar="N", help="Sequences per optimizer step."
-)
-@click.option(
-    "--out", metavar="FILE", default="plan.yaml", show_default=True, help="Where the plan is written."
-)
-@click.option("--force", is_flag=True, help="Overwrite a file that is not a finefit plan.")
-@online_option
-@setup_options(without=("model",), shows_default=False)
-@json_option
-@click.pass_obj
-def plan_command(
-    session: Session,
-    /,
-    model: str,
-    gpu: str,
-    global_batch_size: int | None,
-    out: str,
-    force: bool,
-    online: bool,
-    as_json: bool,
-    **options: Any,
-) -> int:
-    """Choose a configuration, say why, and write it to a file.
-
-    Every option below fixes what would otherwise be chosen. Exit code 3 means that nothing fits.
-    """
-    from planner.render_estimate import format_plan_answer
-    from planner.render_run import format_run
-    from planner.run_time import run_time
-    from planner.search import open_model, plan
-
-    wishes = {"model": model, **given_fields(options)}
-    machine = resolve_machine(session, gpu, wishes)
-    lengths, why_estimated = row_lengths(session, wishes)
-    spec = open_model(wishes, offline=not online)
-    found = plan(wishes, machine, global_batch=global_batch_size, lengths=lengths, model=spec)
-    setup = found.estimate.setup
-    label = "local" if machine.is_local else machine.label
-    write_plan(Path(out), setup, label, summarise(found.estimate), force=force)
-    run = run_time(found.estimate, machine, spec, lengths)
-    if as_json:
-        click.echo(format_json({**found.to_json(), "run": run and run.to_json()}))
-    else:
-        more = "" if run is None else format_run(run, terminal_width())
-        click.echo(format_plan_answer(found, terminal_width(), more))
-    for note in (why_estimated, f"wrote {out}; next: finefit bench {out}, finefit train {out}"):
-        if note:
-            click.echo(note, err=True)
-    return 0
 
 
 def row_lengths(session: Session, fields: Mapping[str, Any]) -> tuple[DataLengths | None, str | None]:

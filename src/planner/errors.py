@@ -10,6 +10,7 @@ FinefitError                 1   anything that is wrong outside the command line
 ├── NotModelledError         1   finefit has no rule for this back end or architecture, and doesn't guess
 ├── MissingExtraError        1   the command needs an optional extra
 ├── DoesNotFitError          3   a single setup needs more than the machine can give; carries short_by_bytes
+├── LimitError               3   nothing is within a budget, a deadline or a licence; names the nearest
 ├── GateError                3   a comparison left its bounds
 └── InterruptedRunError     33   stopped by a signal after a checkpoint; the same command resumes
 """
@@ -91,6 +92,12 @@ class DoesNotFitError(FinefitError):
     def __init__(self, message: str, short_by_bytes: int) -> None:
         self.short_by_bytes = short_by_bytes
         super().__init__(message)
+
+
+class LimitError(FinefitError):
+    """No plan is within the limits that were set."""
+
+    exit_code = 3
 
 
 class GateError(FinefitError):

@@ -84,7 +84,7 @@ class _Batch:
     """What the setups of a batch share: models, and everything of their memory but its evaluation."""
 
     def __init__(self, machine: Machine) -> None:
-        self._facts = _facts(machine)
+        self._facts = machine_facts(machine)
         self._models: dict[Hashable, tuple[TrainSetup, ModelSpec]] = {}
         self._owners: dict[Hashable, MemoryModel] = {}
 
@@ -110,7 +110,7 @@ def _make_room(kept: dict[Hashable, Any]) -> None:
         kept.clear()
 
 
-def _facts(machine: Machine) -> dict[str, Any]:
+def machine_facts(machine: Machine) -> dict[str, Any]:
     """What the memory model has to know of a machine."""
     return {"on_gpu": machine.gpu.backend != "cpu", "capability": machine.gpu.compute_capability}
 
@@ -129,9 +129,9 @@ class Estimator:
         self.setup, self.machine = setup, machine
         self.model = resolve(setup) if model is None else model
         check(setup, machine, self.model)
-        self._memory = memory or memory_model(setup, self.model, **_facts(machine))
+        self._memory = memory or memory_model(setup, self.model, **machine_facts(machine))
         self.usable_bytes, self.usable_source = usable_memory(machine)
-        self.uncertainty = Uncertainty(setup, on_gpu=_facts(machine)["on_gpu"])
+        self.uncertainty = Uncertainty(setup, on_gpu=machine_facts(machine)["on_gpu"])
 
     def memory(self, micro_batch_size: int, seq_len: int) -> Memory:
         """Peak memory of another batch shape."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -117,8 +118,7 @@ class DataLengths:
         """Sequences per row when rows are packed by best fit; without a sample as if no token were wasted."""
         if not self.sample:
             return min(1.0, self.mean / seq_len)
-        chosen = self.sample[:: max(1, len(self.sample) // MOST_PACKED)]
-        return len(pack([min(n, seq_len) for n in chosen], seq_len)) / len(chosen)
+        return _packed_share(self.sample[:: max(1, len(self.sample) // MOST_PACKED)], seq_len)
 
     def percentile(self, share: float) -> int:
         """The least length that at least `share` of the rows don't exceed; the known one above where there is no sample."""
@@ -126,6 +126,11 @@ class DataLengths:
             return self.sample[_rank(len(self.sample), share)]
         known = ((0.50, self.p50), (0.99, self.p99))
         return next((length for upto, length in known if share <= upto), self.longest)
+
+
+@functools.lru_cache(maxsize=256)
+def _packed_share(sample: tuple[int, ...], seq_len: int) -> float:
+    return len(pack([min(n, seq_len) for n in sample], seq_len)) / len(sample)
 
 
 def _rank(count: int, share: float) -> int:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from planner.families import attentions
-from planner.methods import find_method
-from planner.setup import CHOICES
+from planner.methods import find_method, peak_learning_rate
+from planner.setup import CHOICES, TrainSetup
 from planner.specs import GpuProfile, ModelSpec
 
 WARMUP_SHARE = 0.03
 """Share of a run's steps with a rising learning rate (QLoRA paper, appendix B)."""
+WARMUP_SOURCE = "QLoRA paper, appendix B"
+LARGE_MODEL_PARAMS = 13.1e9
+LARGE_MODEL_RATE = 1e-4
+"""Peak learning rate of adapters on larger models than 13B (QLoRA paper, table 9)."""
+USUAL_RANK = 16
+RANK_SOURCE = (
+    "Thinking Machines, LoRA primer, 2025: LoRA learns as full fine-tuning does while its parameters are as many as the "
+    "tokens trained on; alpha and the learning rate stay"
+)
 SHARDING = "fsdp"
 """How several GPUs share a setup where nothing is asked for: it splits weights, gradients and states."""
 
@@ -50,3 +60,22 @@ def precise_recipe(method: str, gpu: GpuProfile) -> dict[str, Any]:
         return recipe(method, gpu)
     sixteen_bit = "bfloat16" if gpu.bf16 else "float16"
     return {**recipe(method, gpu), "weights_dtype": "float32", "autocast": sixteen_bit}
+
+
+def rates_for(setup: TrainSetup, model: ModelSpec) -> dict[str, Any]:
+    """The learning rate where the method's own isn't for a model of this size, and nothing is asked for."""
+    is_large = setup.uses_adapters and not model.is_traced and model.num_params > LARGE_MODEL_PARAMS
+    return {"learning_rate": LARGE_MODEL_RATE} if is_large and setup.learning_rate is None else {}
+
+
+def describe_rates(setup: TrainSetup, model: ModelSpec, wanted_rank: int = USUAL_RANK) -> Iterator[str]:
+    """Learning rate, warm-up and rank with their sources; `wanted_rank` is what the data could fill."""
+    default = rates_for(setup.with_(learning_rate=None), model).get("learning_rate")
+    is_default = setup.learning_rate in (None, default)
+    source = find_method(setup.method).learning_rate_source if is_default else "as asked"
+    yield f"learning rate {peak_learning_rate(setup):g} ({source})"
+    if setup.warmup_steps is None:
+        yield f"warm-up over {100 * WARMUP_SHARE:g} % of the steps ({WARMUP_SOURCE})"
+    if setup.uses_adapters:
+        more = f"; the data could fill rank {wanted_rank}" if wanted_rank > setup.rank else ""
+        yield f"rank {setup.rank}, alpha {setup.alpha:g}{more} ({RANK_SOURCE})"

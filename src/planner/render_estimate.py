@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from planner.render import format_bars, format_facts, paint, printable, wrap
@@ -202,6 +202,12 @@ def format_case_line(case: Mapping[str, Any]) -> str:
 
 def format_plan_answer(plan: Plan, width: int | None = None, more: str = "") -> str:
     """The chosen configuration, what fills the card, why, and what was rejected; `more` follows the times."""
+    shown = [f"{r.label}: {r.reason}" for r in plan.rejected[:MAX_REJECTED]]
+    return format_answer(plan, width, more, shown)
+
+
+def format_answer(plan: Plan, width: int | None, more: str, rejected: Sequence[str]) -> str:
+    """The same with the rejected ones as they are given."""
     estimate = plan.estimate
     parts = [
         _format_head(estimate, width),
@@ -211,9 +217,8 @@ def format_plan_answer(plan: Plan, width: int | None = None, more: str = "") -> 
     ]
     if plan.reasons:
         parts.append(f"{paint('Why', 'strong')}\n{_bullets(plan.reasons, width)}")
-    if plan.rejected:
-        shown = [f"{r.label}: {r.reason}" for r in plan.rejected[:MAX_REJECTED]]
-        parts.append(f"{paint('Rejected', 'strong')}\n{_bullets(shown, width)}")
+    if rejected:
+        parts.append(f"{paint('Rejected', 'strong')}\n{_bullets(rejected, width)}")
     parts.append(_format_notes(estimate, width))
     return "\n\n".join(part for part in parts if part)
 

@@ -13,7 +13,7 @@ from planner.cost import CHECKPOINTS_PER_RUN, Span
 from planner.inventory import take_inventory
 from planner.lengths import DataLengths
 from planner.methods import find_method
-from planner.results import Estimate, Time
+from planner.results import Time
 from planner.run_length import RunLength, held_out_rows, length_by_lengths, length_by_plan
 from planner.setup import TrainSetup
 from planner.specs import Machine, ModelSpec
@@ -86,24 +86,24 @@ def _ends(span: Span | None) -> list[float] | None:
 
 
 def run_time(
-    estimate: Estimate,
+    setup: TrainSetup,
+    time: Time | None,
     machine: Machine,
     model: ModelSpec,
     lengths: DataLengths | None,
     length: RunLength | None = None,
 ) -> RunTime | None:
-    """The whole run of an estimate's setup; None where nothing says how many steps it has.
+    """The whole run of a setup whose full steps take `time`; None where nothing says how many steps it has.
 
     `length` is taken where neither the plan nor the data says it.
     """
-    setup = estimate.setup
     if lengths is not None and setup.objective == "pretrain":
         lengths = lengths.cut(setup.seq_len)
     found = length_by_lengths(setup, lengths) if lengths is not None else length_by_plan(setup) or length
     if found is None:
         return None
     positions = positions_per_row(setup, lengths)
-    time = _step_time_at(estimate, positions, machine, model)
+    time = _step_time_at(setup, time, positions, machine, model)
     held_out = 0 if lengths is None else held_out_rows(setup, lengths.num_rows)
     return RunTime(
         length=found,
@@ -125,12 +125,19 @@ def positions_per_row(setup: TrainSetup, lengths: DataLengths | None) -> float:
     return lengths.padded_mean(setup.seq_len, setup.micro_batch_size)
 
 
-def _step_time_at(estimate: Estimate, positions: float, machine: Machine, model: ModelSpec) -> Time | None:
-    """The time of a step at another length than the longest, in seconds."""
+def _step_time_at(
+    setup: TrainSetup, time: Time | None, positions: float, machine: Machine, model: ModelSpec
+) -> Time | None:
+    """The time of a step whose sequences have that many positions."""
     seq_len = max(1, round(positions))
-    if estimate.time is None or seq_len == estimate.setup.seq_len:
-        return estimate.time
-    return step_time(estimate.setup.with_(seq_len=seq_len), model, machine.gpu)
+    if time is None or seq_len == setup.seq_len:
+        return time
+    return time_of_step(setup.with_(seq_len=seq_len), machine, model)
+
+
+def time_of_step(setup: TrainSetup, machine: Machine, model: ModelSpec) -> Time | None:
+    """A full step's time; None where nothing is known of the card."""
+    return step_time(setup, model, machine.gpu)
 
 
 def _train_seconds(length: RunLength, time: Time, lengths: DataLengths | None, setup: TrainSetup) -> Span:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.errors import DoesNotFitError, NotModelledError, SetupError
 from planner.estimate import Estimator, resolve
 from planner.lengths import DataLengths
 from planner.methods import find_method
-from planner.recipes import attention_for, precise_recipe, recipe, shared_by
+from planner.quality import filling_rank
+from planner.recipes import attention_for, describe_rates, precise_recipe, rates_for, recipe, shared_by
 from planner.results import Estimate, Plan, Rejected
 from planner.setup import TrainSetup
 from planner.specs import Machine, ModelSpec
@@ -49,13 +50,14 @@ ENOUGH_TOKENS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Shape:
+class Shape:
     """The batch: sequences per optimizer step over all GPUs, their length, and the reasons in words."""
 
     seq_len: int
     global_batch: int
     is_packed: bool
     reasons: tuple[str, ...]
+    is_packing_open: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,13 @@ def plan(
             rejected.append(Rejected(label=candidate.label, reason=str(error), short_by_bytes=0))
             continue
         if estimate.fit.verdict == "fits":
-            reasons = _reasons(candidate, estimate, rejected, shape)
-            return Plan(estimate=estimate, reasons=reasons, rejected=tuple(rejected))
+            setup = estimate.setup.with_(**rates_for(estimate.setup, model))
+            wanted_rank = filling_rank(model, setup.method, setup.targets, lengths, setup.epochs)
+            reasons = (
+                *_reasons(candidate, estimate, rejected, shape),
+                *describe_rates(setup, model, wanted_rank),
+            )
+            return Plan(estimate=replace(estimate, setup=setup), reasons=reasons, rejected=tuple(rejected))
         rejected.append(_rejection(candidate, estimate))
     if len(errors) == len(rejected):
         raise errors[0]
@@ -111,17 +118,29 @@ def open_model(wishes: Mapping[str, Any], *, offline: bool = True) -> ModelSpec:
     return resolve(TrainSetup(**named), offline=offline)
 
 
+def batch_shape(
+    wishes: Mapping[str, Any],
+    model: ModelSpec,
+    lengths: DataLengths | None,
+    machine: Machine,
+    global_batch: int | None,
+) -> Shape:
+    """Length, batch and packing that the data and the wishes ask for."""
+    return _shape(wishes, model, lengths, _global_batch(wishes, machine, global_batch))
+
+
 def _shape(
     wishes: Mapping[str, Any], model: ModelSpec, lengths: DataLengths | None, global_batch: int
-) -> _Shape:
+) -> Shape:
     """Length and batch from the rows' lengths; a packed sequence takes the place of the rows that it holds."""
     seq_len, why_length = _length(wishes, model, lengths)
     if lengths is None or not _packs(wishes, lengths, seq_len):
-        return _Shape(
+        return Shape(
             seq_len=seq_len,
             global_batch=global_batch,
             is_packed=bool(wishes.get("packing")),
             reasons=(why_length,),
+            is_packing_open=lengths is not None and "packing" not in wishes,
         )
     rows = seq_len / lengths.mean
     sequences = max(1, round(global_batch / rows))
@@ -129,7 +148,13 @@ def _shape(
         f"packing: rows have {lengths.mean:.0f} tokens on average, so one sequence holds about {rows:.0f} of them "
         f"and {sequences} per step stand for the {global_batch} rows per step"
     )
-    return _Shape(seq_len=seq_len, global_batch=sequences, is_packed=True, reasons=(why_length, why_packed))
+    return Shape(
+        seq_len=seq_len,
+        global_batch=sequences,
+        is_packed=True,
+        reasons=(why_length, why_packed),
+        is_packing_open=True,
+    )
 
 
 def _packs(wishes: Mapping[str, Any], lengths: DataLengths, seq_len: int) -> bool:
@@ -226,7 +251,7 @@ def _label(fields: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _largest(estimator: Estimator, wishes: Mapping[str, Any], shape: _Shape) -> Estimate:
+def _largest(estimator: Estimator, wishes: Mapping[str, Any], shape: Shape) -> Estimate:
     """The largest micro-batch that fits, by doubling, with the accumulation that keeps the global batch."""
     ranks = estimator.setup.num_gpus
     per_rank, seq_len = max(1, shape.global_batch // ranks), shape.seq_len
@@ -267,7 +292,7 @@ def _rejection(candidate: _Candidate, estimate: Estimate) -> Rejected:
 
 
 def _reasons(
-    candidate: _Candidate, estimate: Estimate, rejected: list[Rejected], shape: _Shape
+    candidate: _Candidate, estimate: Estimate, rejected: list[Rejected], shape: Shape
 ) -> tuple[str, ...]:
     setup = estimate.setup
     batch = f"micro-batch {setup.micro_batch_size} x {setup.grad_accum_steps} accumulation"
