@@ -18,6 +18,7 @@ H, HEADS = 256, 4
 SIZES = {"hidden_size": H, "num_hidden_layers": 2, "num_attention_heads": HEADS, "vocab_size": 512}
 FALCON = {"model_type": "falcon", **SIZES}
 BERT = {"model_type": "bert", **SIZES, "intermediate_size": 512, "hidden_dropout_prob": 0.0}
+GPT2 = {"model_type": "gpt2", **SIZES}
 PHI3 = {"model_type": "phi3", **SIZES, "intermediate_size": 512, "pad_token_id": 0}
 GPT_OSS = {
     "model_type": "gpt_oss",
@@ -136,3 +137,16 @@ def test_bloom_copies_the_heads_of_several_rows_in_their_own_width(rows, copies)
     kernels.EAGER["alibi"](tape, *inputs, layer, how)
     sizes = [op.output.size for op in tape.operations[before : before + 3]]
     assert sizes.count(per_token_size(4.0 * H)) == copies
+
+
+@pytest.mark.parametrize(
+    ("config", "quant", "widths"), [(GPT2, "nf4", (2, 4)), (GPT2, None, (2, 2)), (PHI3, "nf4", (2, 2))]
+)
+def test_packed_linears_keep_the_float32_of_autocasts_layer_norm(config, quant, widths):
+    """So the second layer's input is wider than the first one's."""
+    method = "qlora" if quant else "lora"
+    setup = TrainSetup(model=config, method=method, quant=quant, autocast="bfloat16", checkpointing="full")
+    layers = MemoryModel(setup, model_spec(config)).run.layering(4096, 1024)
+    inputs = [layers.memories[number].input for number in layers.order]
+    assert inputs == [per_token_size(H * width) for width in widths]
+    assert layers.whole.inputs == per_token_size(H * sum(widths))

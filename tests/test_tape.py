@@ -301,3 +301,12 @@ def test_dropping_candidates_never_changes_a_peak(data):
     )
     assert total(memory.forward, tokens, seq_len) == highest
     assert total(memory.no_grad, tokens, seq_len) <= highest
+
+
+def test_what_an_operation_saved_is_gone_before_its_weights_gradient_is_used():
+    tape = Tape()
+    x = tape.input(constant(1), 1)
+    tape.run([x], constant(10), 1, saves_output=True, weight_grad=constant(100))
+    # Output, its gradient and the weight's; then the input's gradient, the weight's and half as much again.
+    assert total(tape.play().backward) == 10 + 10 + 1 + 100
+    assert total(tape.play(step_factor=0.5).backward) == 1 + 100 + 50

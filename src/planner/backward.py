@@ -53,13 +53,18 @@ class Backward:
             if op.needs_saved and not has_waited:
                 has_waited = True
                 self.waiting = self._beyond_saved()
+            freed = [t for t in freed_at.get(index, ()) if self.frees_kept or not t.is_kept]
             if id(op.output) in self._gradients:
-                self._step(op)
-            for tensor in freed_at.get(index, ()):
-                if self.frees_kept or not tensor.is_kept:
-                    self._change(tensor.category, tensor.size, -1)
+                self._step(op, freed)
+            else:
+                self._free(freed)
 
-    def _step(self, op: Operation) -> None:
+    def _free(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            self._change(tensor.category, tensor.size, -1)
+
+    def _step(self, op: Operation, freed: Sequence[Tensor]) -> None:
+        """One operation's gradients; what it saved is gone before its weight's gradient is used (torch's engine.cpp)."""
         mine = self._gradients.pop(id(op.output))
         wanted = [t for t in op.inputs if t.needs_grad and not (op.splits and id(t) in self._gradients)]
         made = [mine if _is_shared(op, t, mine) else self._allocate(t) for t in wanted]
@@ -72,6 +77,7 @@ class Backward:
         for gradient in made:
             gradient.num_owners += 1
         self._drop(mine)
+        self._free(freed)
         if self.step_factor is not None and op.weight_grad is not ZERO:
             self.snapshots.append(
                 with_at(self._snapshot(), GRADIENTS, scale(op.weight_grad, self.step_factor))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner import kernels
-from planner.linears import Linears, Recipe, first_input
+from planner.linears import Linears, Recipe
 from planner.pointwise import CLAMPED_SILU, activation
 from planner.specs import LayerSpec, Matrix
 from planner.tape import FULL_WIDTH, ZERO, BlockMemory, Size, Snapshot, Tensor, add, per_token, scale
@@ -20,12 +20,15 @@ INDEX_WIDTH = 8
 
 
 def layer_memory(
-    layer: LayerSpec, hidden_size: int, recipe: Recipe, *, is_first: bool = False
+    layer: LayerSpec, hidden_size: int, recipe: Recipe, *, width: int | None = None, is_first: bool = False
 ) -> BlockMemory:
-    """One decoder or encoder layer: what it saves, and its peaks. The first one's input may need no gradient."""
-    block = Block(recipe)
-    size = per_token(recipe.stream * hidden_size)
-    stream = first_input(recipe, size, block.tape) if is_first else block.tape.input(size, recipe.stream)
+    """One decoder or encoder layer: what it saves, and its peaks. The first one's input may need no gradient.
+
+    `width`: bytes per element of its input, the embeddings' output where none is given.
+    """
+    block, width = Block(recipe), width or recipe.stream
+    needs_grad = not is_first or recipe.trains_base or recipe.has_first_grad
+    stream = block.tape.input(per_token(width * hidden_size), width, needs_grad=needs_grad)
     block.layer(stream, layer, hidden_size)
     return block.tape.play(
         is_checkpointed=recipe.checkpointed,

@@ -37,12 +37,12 @@ class LossBytes:
 
 
 @functools.lru_cache(maxsize=1024)
-def head_memory(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes) -> BlockMemory:
-    """The last layer's output, final norm, head and loss."""
+def head_memory(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes, width: int) -> BlockMemory:
+    """The last layer's output, of `width` bytes per element, final norm, head and loss."""
     block = _Head(recipe)
-    size = per_token(recipe.stream * model.hidden_size)
-    layers = block.tape.input(size, recipe.stream)
-    stream = block.tape.run([layers], size, recipe.stream, shares_grad=True)
+    size = per_token(width * model.hidden_size)
+    layers = block.tape.input(size, width)
+    stream = block.tape.run([layers], size, width, shares_grad=True)
     hidden = block.transformed(stream, model, norm)
     if model.head is not None and kind.chunk_tokens:
         block.chunked_loss(hidden, model.head, kind)

@@ -15,13 +15,11 @@ from planner.tape import CATEGORIES, BlockMemory, Size, Snapshot, scale
 class Group:
     """Some of the layers, and the sums of what they hold.
 
-    `num_saving` of them save their input themselves; `has_first`: one with the memory of the model's first layer is
-    among them. The sizes are sums of BlockMemory's, `kept` of all categories.
+    `inputs` are those that outlive the forward. The sizes are sums of BlockMemory's, `kept` of all categories.
     """
 
     num_layers: int
-    num_saving: int
-    has_first: bool
+    inputs: Size
     saved: Snapshot
     kept: Size
     cached: Size
@@ -48,9 +46,16 @@ class Layering:
     spots: tuple[Spot, ...]
     whole: Group
 
+    @property
+    def output_width(self) -> int:
+        """Bytes per element of what the last layer gives."""
+        return self.memories[self.order[-1]].output_width
 
-def lay(memories: Sequence[BlockMemory], order: Sequence[int]) -> Layering:
+
+def lay(memories: Sequence[BlockMemory], order: Sequence[int], *, stores_inputs: bool) -> Layering:
     """The layers with their spots: of each memory the first and the last layer, where its peaks are highest.
+
+    `stores_inputs`: checkpoints keep each layer's input, be it saved or not.
 
     In between, what is stored before shrinks and gradients grow linearly with the layers.
     """
@@ -61,7 +66,7 @@ def lay(memories: Sequence[BlockMemory], order: Sequence[int]) -> Layering:
         last[number] = position
 
     def group(numbers: Iterable[int]) -> Group:
-        return _group(memories, Counter(numbers), order[0])
+        return _group(memories, Counter(numbers), stores_inputs=stores_inputs)
 
     spots = tuple(
         Spot(order[p], group([order[p]]), group(order[:p]), group(order[: p + 1]), group(order[p + 1 :]))
@@ -70,13 +75,12 @@ def lay(memories: Sequence[BlockMemory], order: Sequence[int]) -> Layering:
     return Layering(tuple(memories), tuple(order), spots, group(order))
 
 
-def _group(memories: Sequence[BlockMemory], counts: Counter[int], first: int) -> Group:
+def _group(memories: Sequence[BlockMemory], counts: Counter[int], *, stores_inputs: bool) -> Group:
     layers = [(memories[number], count) for number, count in counts.items()]
     saved = tuple(sum_of(scale(m.saved[i], n) for m, n in layers) for i in range(len(CATEGORIES)))
     return Group(
         num_layers=counts.total(),
-        num_saving=sum(n for m, n in layers if m.saves_input),
-        has_first=counts[first] > 0,
+        inputs=sum_of(scale(m.input, n) for m, n in layers if stores_inputs or m.saves_input),
         saved=(saved[0], saved[1], saved[2], saved[3]),
         kept=sum_of(scale(size, n) for m, n in layers for size in m.kept),
         cached=sum_of(scale(m.cached, n) for m, n in layers),

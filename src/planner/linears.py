@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from planner.pointwise import Norm, cast
 from planner.specs import Matrix
-from planner.tape import ACTIVATIONS, WORKSPACE, ZERO, Size, Tape, Tensor, constant, per_token, scale
+from planner.tape import ACTIVATIONS, WORKSPACE, ZERO, Tape, Tensor, constant, per_token, scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,8 +285,3 @@ class Linears:
         mask = self.tape.run([], scale(x.gradient, 1 / x.width), 1)
         mask.needs_grad = False
         return self.tape.run([x, mask], x.gradient, x.width, saves=[mask])
-
-
-def first_input(recipe: Recipe, size: Size, tape: Tape) -> Tensor:
-    """The embeddings' output: a gradient flows into it where they train, or where checkpoints need it."""
-    return tape.input(size, recipe.stream, needs_grad=recipe.trains_base or recipe.has_first_grad)

@@ -29,9 +29,8 @@ def block_recipe(
         weight=weight,
         norm=norm,
         compute=compute,
-        # A norm in float32 makes its layer's output float32, which the sum with the stream stays; autocast's norm of
-        # the embeddings is float32 itself.
-        stream=FULL_WIDTH if model.norms_embeddings and setup.autocast else max(weight, norm),
+        # Autocast's norm of the embeddings is float32.
+        stream=FULL_WIDTH if model.norms_embeddings and setup.autocast else weight,
         mask=weight,
         copies_weights=not (STRATEGIES[setup.sharding].casts_gathered and setup.num_gpus > 1),
         adapter=adapter,

@@ -22,15 +22,15 @@ class Step:
         self.is_checkpointed = setup.checkpointing == "full"
         stages = setup.num_gpus if run.strategy.splits_layers else 1
         self.layer_share = 1 / stages
-        self.stream = 1.0 * tokens * run.recipe.stream * run.model.hidden_size
-        first_width = run.recipe.stream if run.model.norms_embeddings else run.recipe.weight
-        self.embedded = 1.0 * tokens * first_width * run.model.hidden_size
+        self.embedded = 1.0 * tokens * run.recipe.stream * run.model.hidden_size
         self.all_grads = 0.0 if setup.optimizer_in_backward else run.gradients_per_rank()
         self.held_grads = (
             run.accumulated_gradients() if self.all_grads and setup.grad_accum_steps > 1 else 0.0
         )
         self.base = run.static()
         self.layering = run.layering(shape)
+        self.width = self.layering.output_width
+        self.stream = 1.0 * tokens * self.width * run.model.hidden_size
         self.inputs = self._input_bytes(tokens) * setup.grad_accum_steps
         self.mask = run.masks(shape)
         self.stored = self._stored(self.layering.whole)
@@ -73,14 +73,8 @@ class Step:
             saved = by_category(group.saved, self.shape)
             for name, value in saved.items():
                 kept[name] += value * self.layer_share
-        kept["activations"] += self._stored_inputs(group) * self.layer_share + self._held_through()
+        kept["activations"] += self.shape.at(group.inputs) * self.layer_share + self._held_through()
         return kept
-
-    def _stored_inputs(self, group: Group) -> Any:
-        stored = group.num_layers if self.is_checkpointed else group.num_saving
-        first = self.layering.memories[self.layering.order[0]]
-        has_first = group.has_first and (self.is_checkpointed or first.saves_input)
-        return stored * self.stream + (self.embedded - self.stream if has_first else 0.0)
 
     def _held_through(self) -> Any:
         """What lives from the forward until the last backward: tables, checkpoints' arguments, what escapes them."""
@@ -106,7 +100,7 @@ class Step:
         escaped = self._escaped(self.layering.whole)
         logits = self._plus(self.stored, escaped, self._stored_copies(), exchange)
         if self.run.setup.loss == "full":
-            head = self.run.head(self.shape, ends_at_logits=True)
+            head = self.run.head(self.shape, self.width, ends_at_logits=True)
             own = self.shape.peak(head.forward)
             logits = self._plus(self.stored, escaped, self._stored_copies(), exchange, own)
         layers = (self._layer_forward(spot) for spot in self.layering.spots)
@@ -156,14 +150,14 @@ class Step:
         return self.run.returned(self.shape) if spot.before.num_layers else 0.0
 
     def _loss(self) -> Terms:
-        head = self.shape.peak(self.run.head(self.shape).forward)
+        head = self.shape.peak(self.run.head(self.shape, self.width).forward)
         exchange = {"workspace": self.run.buffers.loss}
         escaped = self._escaped(self.layering.whole)
         return self._plus(self.stored, escaped, self._stored_copies(), exchange, head)
 
     def _backward(self) -> Terms:
         """The largest of the loss' own backward, layers', and the embeddings'."""
-        head = self.shape.peak(self.run.head(self.shape).backward)
+        head = self.shape.peak(self.run.head(self.shape, self.width).backward)
         exchange, escaped = {"workspace": self.run.buffers.head_backward}, self._escaped(self.layering.whole)
         candidates = [self._plus(self.stored, escaped, exchange, head)]
         candidates += [self._layer_backward(spot) for spot in self.layering.spots]
@@ -219,7 +213,7 @@ class Step:
         buffers = self.run.buffers
         held = buffers.first_layer_backward if spot.after.num_layers else buffers.last_layer_backward
         exchange = {"workspace": held}
-        own = {"activations": self._stored_inputs(spot.own)}
+        own = {"activations": self.shape.at(spot.own.inputs)}
         if self.run.holds_inputs:
             own["activations"] += self._inputs_behind(spot)
         return self._plus(
@@ -301,7 +295,7 @@ class Step:
         shape = self.shape if setup.eval_batch_size is None else self.shape.with_rows(setup.eval_batch_size)
         inputs, stream = self._input_bytes(shape.tokens), self.stream * shape.tokens / self.shape.tokens
         copies = {"workspace": self._cached(self.layering.whole) + run.buffers.eval_loss}
-        head = shape.peak(run.head(shape, evaluates=True).no_grad)
+        head = shape.peak(run.head(shape, self.width, evaluates=True).no_grad)
         peaks = [self._plus(copies, {"activations": inputs}, head)]
         if run.reduces_by_group:
             peaks.append(self._plus({"activations": 2 * stream}, {"workspace": run.buffers.eval_gather}))

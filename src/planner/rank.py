@@ -28,22 +28,26 @@ _layer_memory = functools.lru_cache(maxsize=4096)(layer_memory)
 
 @functools.lru_cache(maxsize=8192)
 def _layering(model: ModelSpec, recipe: Recipe, masked: tuple[bool, ...]) -> Layering:
-    """Kinds of layers that differ only in number and window are built once, and the first layer by itself."""
-    numbers: dict[tuple[int, bool], int] = {}
+    """Kinds of layers that differ only in number and window are built once, and the first layer by itself.
+
+    A layer's output may be wider than its input: under autocast LayerNorm gives float32, which packed linears keep.
+    """
+    numbers: dict[tuple[int, bool, int], int] = {}
     memories: list[BlockMemory] = []
-    order = []
+    order: list[int] = []
     for position, kind in enumerate(model.sequence):
         is_first = position == 0 and not (recipe.trains_base or recipe.has_first_grad)
-        asked = kind, is_first
+        width = memories[order[-1]].output_width if order else recipe.stream
+        asked = kind, is_first, width
         if asked not in numbers:
             alike = replace(model.layers[kind], count=1, window=None)
             own = replace(recipe, is_masked=masked[kind])
-            memory = _layer_memory(alike, model.hidden_size, own, is_first=is_first)
+            memory = _layer_memory(alike, model.hidden_size, own, width=width, is_first=is_first)
             if memory not in memories:
                 memories.append(memory)
             numbers[asked] = memories.index(memory)
         order.append(numbers[asked])
-    return lay(memories, order)
+    return lay(memories, order, stores_inputs=recipe.checkpointed)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -158,13 +162,18 @@ class Run:
         positions = shape.seq_len if self.setup.stack else shape.tokens
         return 1.0 * self.recipe.stream * self.model.num_rotary * positions
 
-    def head(self, shape: Shape, *, ends_at_logits: bool = False, evaluates: bool = False) -> BlockMemory:
-        """Final norm, head and loss; how many tokens a chunked loss takes at once depends on the batch."""
+    def head(
+        self, shape: Shape, width: int, *, ends_at_logits: bool = False, evaluates: bool = False
+    ) -> BlockMemory:
+        """Final norm, head and loss behind layers that give `width` bytes per element.
+
+        How many tokens a chunked loss takes at once depends on the batch.
+        """
         kind = self._loss_bytes(shape.one[0], evaluates)
         kind = _up_to_logits(kind) if ends_at_logits else kind
         if kind not in self._heads:
             norm = self.model.layers[-1].norm
-            self._heads[kind] = head_memory(self.model, norm, self._head_recipe, kind)
+            self._heads[kind] = head_memory(self.model, norm, self._head_recipe, kind, width)
         return self._heads[kind]
 
     def _loss_bytes(self, tokens: int, evaluates: bool) -> LossBytes:

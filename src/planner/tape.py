@@ -105,7 +105,7 @@ class Peaks:
 class BlockMemory:
     """What one block keeps for its backward, and the peaks above what was alive before it.
 
-    `saved` is split by category; the block's input is not in it (`saves_input` says whether an operation keeps
+    `input` is the size of what it is given, `output_width` the bytes per element of what it gives. `saved` is split by category; the block's input is not in it (`saves_input` says whether an operation keeps
     it). `forward` includes what the block has saved so far; `no_grad` is the forward with nothing saved
     (evaluation, and the first pass under checkpointing); `backward` includes what is still saved and all
     gradients made so far; `recompute` is the backward under checkpointing. `weight_gradients` are those that its
@@ -113,6 +113,8 @@ class BlockMemory:
     done, `cached` what autocast keeps of it until the whole forward is.
     """
 
+    input: Size
+    output_width: int
     saved: Snapshot
     saves_input: bool
     kept: Snapshot
@@ -130,12 +132,14 @@ class Tape:
 
     operations: list[Operation] = field(default_factory=list)
     returned: list[Tensor] = field(default_factory=list)
+    given: list[Tensor] = field(default_factory=list)
 
     def input(
         self, size: Size, width: int, *, needs_grad: bool = True, category: int = ACTIVATIONS
     ) -> Tensor:
         """A tensor that exists before the block; it isn't counted, its gradient is."""
-        return Tensor(size, width, category, needs_grad, saved_until=-2)
+        self.given.append(Tensor(size, width, category, needs_grad, saved_until=-2))
+        return self.given[-1]
 
     def run(
         self,
@@ -247,6 +251,8 @@ class Tape:
             again = pruned(snapshots[: self._recompute_end()])
             recompute = [*plus_beside(again, backward.waiting), *backward_peaks]
         return BlockMemory(
+            input=sum_of(tensor.size for tensor in self.given),
+            output_width=self.operations[-1].output.width,
             saved=(saved[0], saved[1], saved[2], saved[3]),
             saves_input=any(t.saved_until == -2 for op in self.operations for t in op.saves),
             kept=NOTHING if is_reentrant else self._kept(),
