@@ -5,7 +5,7 @@ import pkgutil
 from types import ModuleType
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import planner
@@ -80,6 +80,7 @@ def test_a_batch_says_what_each_setup_alone_says(batch):
 @given(setups, st.sampled_from(["none", "ddp", "zero3", "fsdp1", "fsdp"]))
 @settings(max_examples=25, deadline=None)
 def test_many_shapes_in_arrays_are_what_each_is_alone(setup, sharding):
+    assume(not (setup.quant and sharding == "zero3"))  # a setup that is refused
     changed = {"sharding": sharding, "num_gpus": 1 if sharding == "none" else 4}
     if not setup.optimizer_in_backward:
         setup = setup.with_(**changed, grad_accum_steps=2)

@@ -146,7 +146,7 @@ def test_packed_linears_keep_the_float32_of_autocasts_layer_norm(config, quant, 
     """So the second layer's input is wider than the first one's."""
     method = "qlora" if quant else "lora"
     setup = TrainSetup(model=config, method=method, quant=quant, autocast="bfloat16", checkpointing="full")
-    layers = MemoryModel(setup, model_spec(config)).run.layering(4096, 1024)
+    layers = MemoryModel(setup, model_spec(config)).run.layering(Shape(4096, 1024))
     inputs = [layers.memories[number].input for number in layers.order]
     assert inputs == [per_token_size(H * width) for width in widths]
     assert layers.whole.inputs == per_token_size(H * sum(widths))
