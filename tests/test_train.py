@@ -372,6 +372,16 @@ def test_a_torn_checkpoint_costs_only_its_own_steps(
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_an_interrupted_run_s_folder_can_be_moved(
+    plan: Callable[..., TrainSetup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = interrupted(plan, tmp_path / "here", monkeypatch)
+    (tmp_path / "here").rename(tmp_path / "there")
+    files = [path for path in (tmp_path / "there/checkpoints").rglob("*") if path.is_file()]
+    assert not [path for path in files if str(tmp_path / "here").encode() in path.read_bytes()]
+    assert quiet_train(setup, tmp_path / "there").resumed_from == 5
+
+
 def test_without_a_whole_checkpoint_the_run_starts_again(
     plan: Callable[..., TrainSetup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

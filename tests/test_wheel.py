@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "packaging")
-NEEDS_THE_SOURCE = ("test_architecture.py", "test_wheel.py")
+NEEDS_THE_SOURCE = ("test_architecture.py", "test_failures.py", "test_wheel.py")
 """Test files about the repository itself."""
 NOT_COPIED = ("src", "runs", "build", "dist")
 
