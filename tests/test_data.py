@@ -23,6 +23,7 @@ from bench.data import (
     token_lengths,
     tokenize_rows,
 )
+from bench.data_audit import find_lost_labels, find_unlike_serving
 from bench.token_cache import tokenize_file
 from planner.dataset import Message, Row
 from planner.errors import DataError, SetupError
@@ -498,3 +499,32 @@ def test_lengths_for_the_planner_are_those_that_training_sees(make_tokenizer: Ma
 def chat_row(text: str) -> Row:
     turns = (Message(role="user", content="Hi"), Message(role="assistant", content=text))
     return Row(messages=turns, line=1, path="d.jsonl")
+
+
+def test_two_bos_tokens_stop(make_tokenizer: Maker) -> None:
+    tokenizer = make_tokenizer("{{ bos_token }}{{ bos_token }}" + CHATML)
+    with pytest.raises(DataError, match=r"d.jsonl:1: 1 of 1 rows begin with two BOS tokens"):
+        tokenize_rows([conversation("Hi", "Hello!")], tokenizer, seq_len=100)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_only_a_template_that_serves_other_words_than_it_trains_is_told(
+    make_tokenizer: Maker, name: str
+) -> None:
+    rows = [conversation("Hi", "Hello!"), conversation("Hi the", "Hello!", "And the rest?", "end 12")]
+    finding = find_unlike_serving(rows, make_tokenizer(TEMPLATES[name]))
+    assert (finding is not None) == (name == "no generation prompt")
+
+
+def test_labels_that_padding_swallows_stop(make_tokenizer: Maker) -> None:
+    from bench.batching import collate
+
+    tokenizer = make_tokenizer()
+    rows = [conversation("Hi", "Hello!"), conversation("Hi", "Longer, so that the other one is padded")]
+    batch = [[example] for example in tokenize_rows(rows, tokenizer, seq_len=100).examples]
+    whole = collate(batch, pad_id=tokenizer.pad_token_id)
+    assert find_lost_labels(batch, whole) is None
+    masked = whole["labels"].masked_fill(whole["input_ids"] == tokenizer.pad_token_id, -100)
+    finding = find_lost_labels(batch, {**whole, "labels": masked})
+    assert finding is not None
+    assert finding.audit == "pad-is-eos"

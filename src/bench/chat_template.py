@@ -82,14 +82,16 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> Rendered:
 
 
 def render_text(
-    tokenizer: Any, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool = False
+    tokenizer: Any, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool = False, **words: Any
 ) -> str:
-    """The template's text for {"role", "content"} turns. Raises TemplateError with the template's own complaint."""
+    """The template's text for {"role", "content"} turns; `words` are what else it may ask for, such as
+    enable_thinking. Raises TemplateError with the template's own complaint.
+    """
     import jinja2
 
     try:
         text: str = tokenizer.apply_chat_template(
-            list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, **words
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -15,6 +15,7 @@ import click
 
 from bench.cli_commands import COMMANDS as RUN_COMMANDS
 from bench.cli_compare import COMMANDS as COMPARE_COMMANDS
+from bench.cli_data import COMMANDS as DATA_COMMANDS
 from bench.cli_trace import COMMANDS as TRACE_COMMANDS
 from bench.cli_trace import trace_with_bar
 from bench.extras import missing_extra
@@ -64,7 +65,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (*PLANNER_COMMANDS, *RUN_COMMANDS, *COMPARE_COMMANDS, *TRACE_COMMANDS):
+for _command in (*PLANNER_COMMANDS, *RUN_COMMANDS, *COMPARE_COMMANDS, *DATA_COMMANDS, *TRACE_COMMANDS):
     cli.add_command(_command)
 
 

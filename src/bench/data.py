@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.chat_template import ensure_template
+from bench.data_audit import TokenAudit, find_foreign_tokens, stop_at
 from bench.encode import Document, documents
 from planner.dataset import Row, nearest_rank, read_rows
 from planner.dataset_files import Reader
@@ -19,8 +20,6 @@ from planner.errors import DataError
 
 IGNORE_INDEX = -100
 """The label that torch's cross-entropy leaves out."""
-MAX_DROPPED_SHARE = 0.01
-"""More rows than this without anything to learn are a mistake in the settings, not in the rows."""
 
 Ids = npt.NDArray[np.int32]
 
@@ -101,15 +100,13 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: Any, *, seq_len: int, objectiv
 
     Objective sft trains all assistant turns, each with the token that ends it; pretrain trains every token.
     A tokenizer without a chat template gets the plain one. Raises DataError with the line of a row that can't be
-    written, and when an audit fails: more than 1 % of the rows without a trained token, or no turn ever ended.
+    written, and when an audit fails (`bench.data_audit`): more than 1 % of the rows without a trained token, no turn
+    ever ended, or two BOS tokens.
     """
     template = "none" if all(row.text is not None for row in rows) else ensure_template(tokenizer)
     found = list(documents(rows, tokenizer, objective))
-    cut = _pieces if objective == "pretrain" else _beginning
-    results = [(document, cut(document, seq_len)) for document in found]
-    _audit_trained(rows, results, seq_len)
-    if objective == "sft":
-        _audit_ends(rows, results, seq_len)
+    results = [(document, cut(document, seq_len, objective)) for document in found]
+    _audit(rows, results, TokenAudit(seq_len=seq_len, objective=objective, bos_id=tokenizer.bos_token_id))
     facts = _facts(results, template, tokenizer)
     return Tokenized(examples=[example for _, examples in results for example in examples], facts=facts)
 
@@ -187,11 +184,12 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
 
 def check_vocabulary(tokenizer: Any, embedding_rows: int) -> None:
     """Raise DataError when the tokenizer has ids that the embedding has no row for."""
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= embedding_rows:
-        name = getattr(tokenizer, "name_or_path", "") or "tokenizer"
-        message = f"its largest id is {largest}, but the embedding has {embedding_rows} rows; use the model's own tokenizer"
-        raise DataError(str(name), message)
+    stop_at(find_foreign_tokens(tokenizer, embedding_rows))
+
+
+def cut(document: Document, seq_len: int, objective: str) -> list[Example]:
+    """The examples of at most `seq_len` tokens that a document gives: one or none, several pieces in pretraining."""
+    return (_pieces if objective == "pretrain" else _beginning)(document, seq_len)
 
 
 def _beginning(document: Document, seq_len: int) -> list[Example]:
@@ -221,26 +219,11 @@ def _digest(ids: Ids) -> str:
 _Result = tuple[Document, list[Example]]
 
 
-def _audit_trained(rows: Sequence[Row], results: Sequence[_Result], seq_len: int) -> None:
-    empty = [number for number, (_, examples) in enumerate(results) if not examples]
-    if len(empty) <= MAX_DROPPED_SHARE * len(results):
-        return
-    p99 = nearest_rank(sorted(len(document.ids) for document, _ in results), 0.99)
-    first = rows[empty[0]]
-    message = (
-        f"{len(empty)} of {len(results)} rows have nothing to train within seq_len {seq_len} "
-        f"(this is the first); raise seq_len: 99 % of the rows have at most {p99} tokens"
-    )
-    raise DataError(first.path, message, first.line)
-
-
-def _audit_ends(rows: Sequence[Row], results: Sequence[_Result], seq_len: int) -> None:
-    if any(end < seq_len for document, _ in results for end in document.ends):
-        return
-    reason = "the chat template never ends an answer and the tokenizer has no end token"
-    if any(document.ends for document, _ in results):
-        reason = f"every answer is longer than seq_len {seq_len}, so that its end is cut off"
-    raise DataError(rows[0].path, f"the model would never learn to stop: {reason}")
+def _audit(rows: Sequence[Row], results: Sequence[_Result], audit: TokenAudit) -> None:
+    for row, (document, examples) in zip(rows, results, strict=True):
+        audit.add(row, document, trains=bool(examples))
+    for finding in audit.findings():
+        raise finding.as_error()
 
 
 def _facts(results: Sequence[_Result], template: str, tokenizer: Any) -> TokenFacts:

@@ -12,8 +12,16 @@ from typing import Any
 import torch
 
 from bench.batching import BatchPlan, collate, num_real_tokens, num_trained_tokens
-from bench.data import Example, TokenFacts, split
+from bench.data import Example, TokenFacts, extra_readers, split
+from bench.data_audit import (
+    embedding_rows,
+    find_foreign_tokens,
+    find_lost_labels,
+    find_unlike_serving,
+    stop_at,
+)
 from bench.token_cache import tokenize_file
+from planner.dataset import Row, Source
 from planner.errors import DataError, SetupError
 from planner.setup import TrainSetup
 
@@ -65,8 +73,26 @@ def load_run_data(setup: TrainSetup, tokenizer: Any) -> RunData:
     """Read, tokenise, split and order the setup's data. Raises DataError, or SetupError where it names none."""
     if not setup.data:
         raise SetupError("data", "training needs a file: set data in the plan, or --set data=FILE")
+    _audit_settings(setup, setup.data, tokenizer)
     tokenized = tokenize_file(setup.data, tokenizer, seq_len=setup.seq_len, objective=setup.objective)
-    return run_data(setup, tokenized.examples, pad_id=tokenizer.pad_token_id, facts=_plain(tokenized.facts))
+    data = run_data(setup, tokenized.examples, pad_id=tokenizer.pad_token_id, facts=_plain(tokenized.facts))
+    _audit_batch(data)
+    return data
+
+
+def _audit_settings(setup: TrainSetup, data: str, tokenizer: Any) -> None:
+    """What a few rows and the tokenizer tell within a second. Raises DataError."""
+    stop_at(find_foreign_tokens(tokenizer, embedding_rows(setup)))
+    if setup.objective == "sft":
+        # rows that are broken are listed all at once by who tokenises them
+        items = Source(data, extra_readers()).rows_and_faults()
+        stop_at(find_unlike_serving((item for item in items if isinstance(item, Row)), tokenizer))
+
+
+def _audit_batch(data: RunData) -> None:
+    """The labels of the first micro-batch as they will be trained. Raises DataError."""
+    rows = data.batches.step_rows(data.train, 0)[0]
+    stop_at(find_lost_labels(rows, data.step_batch(0, torch.device("cpu")).micro_batches[0]))
 
 
 def plan_batches(setup: TrainSetup, train: Sequence[Example]) -> BatchPlan:

@@ -18,7 +18,7 @@ from planner.dataset import content_sha256
 from planner.errors import FinefitError
 from planner.files import user_cache, write_atomically
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Changes with what tokenising does or what the file holds, so that old files are never read as new ones."""
 
 _ABOUT = "finefit"

@@ -15,7 +15,17 @@ from planner.dataset_files import READERS, Fault, Reader, data_files
 from planner.dataset_formats import Format, Message, RowError, accepted_columns, detect
 from planner.errors import DataError
 
-__all__ = ["DatasetFacts", "Message", "Row", "content_sha256", "dataset_facts", "iter_rows", "read_rows"]
+__all__ = [
+    "DatasetFacts",
+    "FaultyRow",
+    "Message",
+    "Row",
+    "Source",
+    "content_sha256",
+    "dataset_facts",
+    "iter_rows",
+    "read_rows",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,20 +75,20 @@ def iter_rows(path: str | Path, *, readers: Mapping[str, Reader] | None = None) 
 
     `readers` adds readers of more kinds of file, by suffix.
     """
-    for item in _Source(path, readers).rows_and_faults():
-        if isinstance(item, _FaultyRow):
+    for item in Source(path, readers).rows_and_faults():
+        if isinstance(item, FaultyRow):
             raise item.as_error()
         yield item
 
 
 def read_rows(path: str | Path, *, readers: Mapping[str, Reader] | None = None) -> list[Row]:
     """All rows. Raises DataError with the first fault and the lines of the others."""
-    return _Source(path, readers).rows()
+    return Source(path, readers).rows()
 
 
 def dataset_facts(path: str | Path, *, readers: Mapping[str, Reader] | None = None) -> DatasetFacts:
     """Facts of a data set. Raises DataError."""
-    source = _Source(path, readers)
+    source = Source(path, readers)
     rows = source.rows()
     lengths = sorted(row.num_chars for row in rows)
     return DatasetFacts(
@@ -100,7 +110,7 @@ def dataset_facts(path: str | Path, *, readers: Mapping[str, Reader] | None = No
 
 def content_sha256(path: str | Path, *, readers: Mapping[str, Reader] | None = None) -> str:
     """Hash of the names and bytes of all files of a data set."""
-    return _Source(path, readers).sha256()
+    return Source(path, readers).sha256()
 
 
 def nearest_rank(sorted_values: Sequence[int], share: float) -> int:
@@ -114,19 +124,23 @@ def nearest_rank(sorted_values: Sequence[int], share: float) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _FaultyRow:
+class FaultyRow:
+    """A record that is no training row, and why; `kind` groups faults: json, encoding, empty or format."""
+
     path: str
     line: int
     message: str
+    kind: str = "format"
 
     def as_error(self, remark: str = "") -> DataError:
+        """The fault as the error that reading raises."""
         return DataError(self.path, self.message + remark, self.line)
 
 
-class _Source:
-    """The files of a data set, and what reading them has shown so far."""
+class Source:
+    """The files of a data set, and what reading them has shown so far. Raises DataError where there are none."""
 
-    def __init__(self, path: str | Path, readers: Mapping[str, Reader] | None) -> None:
+    def __init__(self, path: str | Path, readers: Mapping[str, Reader] | None = None) -> None:
         self.path = Path(path)
         self.readers = {**READERS, **(readers or {})}
         self.files = data_files(self.path, self.readers)
@@ -135,8 +149,9 @@ class _Source:
         self.ignored_columns: set[str] = set()
 
     def rows(self) -> list[Row]:
+        """All rows. Raises DataError with the first fault and the lines of the others."""
         rows: list[Row] = []
-        faults: list[_FaultyRow] = []
+        faults: list[FaultyRow] = []
         for item in self.rows_and_faults():
             if isinstance(item, Row):
                 rows.append(item)
@@ -146,16 +161,22 @@ class _Source:
             raise faults[0].as_error(_more(faults[1:]))
         return rows
 
-    def rows_and_faults(self) -> Iterator[Row | _FaultyRow]:
+    def rows_and_faults(self) -> Iterator[Row | FaultyRow]:
+        """Every record as a row, or as what is wrong with it. Raises DataError for a file without any."""
+        return (item for _, item in self.records())
+
+    def records(self) -> Iterator[tuple[object, Row | FaultyRow]]:
+        """The same with the records as they are in the file."""
         num_records = 0
         for file in self.files:
             for line, record in self.readers[file.suffix.lower()](file):
                 num_records += 1
-                yield self._row_or_fault(str(file), line, record)
+                yield record, self._row_or_fault(str(file), line, record)
         if num_records == 0:
             raise DataError(str(self.path), "empty: there is no row in it")
 
     def sha256(self) -> str:
+        """Hash of the names and bytes of all files."""
         import hashlib
 
         digest = hashlib.sha256()
@@ -166,25 +187,25 @@ class _Source:
                     digest.update(block)
         return digest.hexdigest()
 
-    def _row_or_fault(self, path: str, line: int, record: object) -> Row | _FaultyRow:
+    def _row_or_fault(self, path: str, line: int, record: object) -> Row | FaultyRow:
         try:
             if isinstance(record, Fault):
-                raise RowError(record.message)
+                raise RowError(record.message, record.kind)
             if not isinstance(record, Mapping):
                 raise RowError("not a JSON object; each row is an object with named columns")
             content = self._format_of(record, path, line).parse(record)
         except RowError as error:
-            return _FaultyRow(path, line, str(error))
+            return FaultyRow(path, line, str(error), error.kind)
         if isinstance(content, str):
             return Row(text=content, line=line, path=path)
         return Row(messages=content, line=line, path=path)
 
     def _format_of(self, record: Mapping[str, object], path: str, line: int) -> Format:
-        """The data set's format, decided by its first record. Raises RowError where this one has another."""
+        """The data set's format, decided by the first record that has one. Raises RowError where this one has another."""
         if self.format is None:
             self.format, self.first = detect(record), f"{path}:{line}"
             if self.format is None:
-                raise DataError(path, f"columns {_names(record)}; accepted: {accepted_columns()}", line)
+                raise RowError(f"columns {_names(record)}; accepted: {accepted_columns()}")
         if not self.format.matches(record):
             other = detect(record)
             if other is not None:
@@ -201,7 +222,7 @@ def _names(record: Mapping[str, object]) -> str:
     return ", ".join(names) + (", …" if len(record) > 10 else "") if names else "(none)"
 
 
-def _more(faults: list[_FaultyRow]) -> str:
+def _more(faults: list[FaultyRow]) -> str:
     if not faults:
         return ""
     lines = ", ".join(str(fault.line) for fault in faults[:5]) + (", …" if len(faults) > 5 else "")

@@ -13,9 +13,10 @@ from planner.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong with one record, and what to do about it."""
+    """What is wrong with one record, and what to do about it; `kind` groups faults: "json", "encoding", "format"."""
 
     message: str
+    kind: str = "format"
 
 
 Reader = Callable[[Path], Iterator[tuple[int, object]]]
@@ -23,6 +24,8 @@ Reader = Callable[[Path], Iterator[tuple[int, object]]]
 
 _MAX_CSV_FIELD_CHARS = 2**31 - 1
 """csv's own limit of 131072 characters is shorter than an ordinary document."""
+MAX_LINE_BYTES = 2**26
+"""A longer line is no training row, and parsing it would take several times its size of memory."""
 
 
 def data_files(path: Path, suffixes: Iterable[str]) -> list[Path]:
@@ -50,10 +53,13 @@ def _data_files(path: Path, accepted: list[str]) -> list[Path]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """One JSON value per line; blank lines are skipped."""
-    for number, line in _text_lines(path):
-        if line.strip():
-            yield number, _parse_json(line)
+    """One JSON value per line; blank lines are skipped. A line that is no UTF-8, or too long, is a Fault."""
+    for number, line in _lines(path):
+        text = _decoded_or_fault(path, line, number)
+        if isinstance(text, Fault):
+            yield number, text
+        elif text.strip():
+            yield number, _parse_json(text)
 
 
 def read_json(path: Path) -> Iterator[tuple[int, object]]:
@@ -109,6 +115,20 @@ def count_records(path: Path) -> int:
     return total
 
 
+def estimate_records(path: Path, readers: Mapping[str, Reader] = READERS) -> int:
+    """About how many records a file or a folder holds, from the first MiB of each file; at least 1.
+
+    Raises DataError. For progress bars and for drawing a sample: nothing may rest on the number being right.
+    """
+    return max(1, sum(map(_estimate_records, data_files(path, readers))))
+
+
+def _estimate_records(file: Path) -> int:
+    with _opened(file) as opened:
+        head = opened.read(2**20)
+    return round(head.count(b"\n") * max(1.0, file.stat().st_size / max(1, len(head))))
+
+
 def _count_records(file: Path) -> int:
     """A line of JSON Lines is a record: parsing each would take most of the time of who only counts."""
     if READERS[file.suffix.lower()] is read_json_lines:
@@ -128,11 +148,39 @@ def _opened(path: Path) -> BinaryIO:
         raise DataError(str(path), f"can't be read: {error.strerror or error}") from error
 
 
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines split at newlines only: JSON strings may hold other separators. Of a line that is too long, only
+    MAX_LINE_BYTES + 1 bytes are given.
+    """
+    try:
+        with _opened(path) as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                yield number, line
+                while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE_BYTES + 1)
+    except OSError as error:
+        raise DataError(str(path), f"can't be read: {error.strerror or error}") from error
+
+
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines split at newlines only (JSON strings may hold other separators), decoded one by one."""
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            yield number, _decode(path, line, number)
+    for number, line in _lines(path):
+        text = _decoded_or_fault(path, line, number)
+        if isinstance(text, Fault):
+            raise DataError(str(path), text.message, number)
+        yield number, text
+
+
+def _decoded_or_fault(path: Path, line: bytes, number: int) -> str | Fault:
+    if len(line) > MAX_LINE_BYTES:
+        return Fault(
+            f"a line of more than {MAX_LINE_BYTES // 2**20} MiB is no training row; split it into rows"
+        )
+    try:
+        return _decode(path, line, number)
+    except DataError as error:
+        return Fault(str(error).removeprefix(f"{path}:{number}: "), "encoding")
 
 
 def _decode(path: Path, data: bytes, first_line: int) -> str:
@@ -150,9 +198,10 @@ def _parse_json(text: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        return Fault(f"broken JSON ({error.msg} at character {error.pos + 1}); each line must be one object")
+        message = f"broken JSON ({error.msg} at character {error.pos + 1}); each line must be one object"
+        return Fault(message, "json")
     except (ValueError, RecursionError) as error:
-        return Fault(f"JSON that can't be read ({str(error).splitlines()[0]})")
+        return Fault(f"JSON that can't be read ({str(error).splitlines()[0]})", "json")
 
 
 def _read_json_list(path: Path) -> Iterator[tuple[int, object]]:

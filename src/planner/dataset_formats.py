@@ -21,7 +21,14 @@ class Message:
 
 
 class RowError(Exception):
-    """A row that breaks its format, in words for the user; the reader adds file and line."""
+    """A row that breaks its format, in words for the user; the reader adds file and line.
+
+    `kind` groups faults: "format", or "empty" where a prompt, an answer or a text holds nothing.
+    """
+
+    def __init__(self, message: str, kind: str = "format") -> None:
+        self.kind = kind
+        super().__init__(message)
 
 
 Record = Mapping[str, Any]
@@ -30,12 +37,16 @@ Content = tuple[Message, ...] | str
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """How the columns of one row make a conversation or a text; `parse` raises RowError."""
+    """How the columns of one row make a conversation or a text, and back; `parse` and `write` raise RowError.
+
+    A content that `write` can't put into this format's columns without loss is an error.
+    """
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     parse: Callable[[Record], Content]
+    write: Callable[[Content], dict[str, Any]]
 
     def matches(self, record: Record) -> bool:
         """Whether the record has all columns that this format needs."""
@@ -94,7 +105,7 @@ def _parse_turn(turn: object, number: int) -> Message:
         else _text(content, f"turn {number} ({role})")
     )
     if role == "assistant" and not text.strip():
-        raise RowError(f"turn {number}, an answer, is empty; fill it or remove the row")
+        raise RowError(f"turn {number}, an answer, is empty; fill it or remove the row", "empty")
     return Message(role=role, content=text)
 
 
@@ -111,10 +122,10 @@ def _parse_pair(record: Record, question: str, answer: str, context: str | None 
     extra = _text(record.get(context), context) if context else ""
     user = "\n\n".join(part for part in (prompt, extra) if part.strip())
     if not user:
-        raise RowError(f"the prompt ({question}) is empty; fill it or remove the row")
+        raise RowError(f"the prompt ({question}) is empty; fill it or remove the row", "empty")
     reply = _text(record[answer], answer)
     if not reply.strip():
-        raise RowError(f"the answer ({answer}) is empty; fill it or remove the row")
+        raise RowError(f"the answer ({answer}) is empty; fill it or remove the row", "empty")
     history = _history(record) if context == "input" else ()
     turns = (Message(role="user", content=user), Message(role="assistant", content=reply))
     return (*_system(record), *history, *turns)
@@ -123,7 +134,7 @@ def _parse_pair(record: Record, question: str, answer: str, context: str | None 
 def _parse_text(record: Record, column: str) -> Content:
     text = _text(record[column], column)
     if not text.strip():
-        raise RowError(f"{column} is empty; fill it or remove the row")
+        raise RowError(f"{column} is empty; fill it or remove the row", "empty")
     return text
 
 
@@ -143,7 +154,7 @@ def _history(record: Record) -> tuple[Message, ...]:
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
     if any(not turn.content.strip() for turn in turns):
-        raise RowError("a turn in history is empty; fill it or remove the row")
+        raise RowError("a turn in history is empty; fill it or remove the row", "empty")
     return tuple(turns)
 
 
@@ -171,49 +182,92 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else text[:37] + "…"
 
 
+def _conversation(content: Content) -> tuple[Message, ...]:
+    if isinstance(content, str):
+        raise RowError("a plain text holds no turns; convert it to the format text only")
+    return content
+
+
+def _write_turns(
+    content: Content, column: str, role: str, text: str, roles: Mapping[str, str]
+) -> dict[str, Any]:
+    turns = _conversation(content)
+    return {column: [{role: roles.get(turn.role, turn.role), text: turn.content} for turn in turns]}
+
+
+def _write_pair(content: Content, question: str, answer: str, history: bool = False) -> dict[str, Any]:
+    turns = list(_conversation(content))
+    record = {"system": turns.pop(0).content} if turns[0].role == "system" else {}
+    pairs = list(zip(turns[::2], turns[1::2], strict=False))
+    if len(turns) % 2 or any((q.role, a.role) != ("user", "assistant") for q, a in pairs):
+        raise RowError(
+            "turns that don't alternate between user and assistant need the format messages or sharegpt"
+        )
+    if len(pairs) > 1 and not history:
+        raise RowError(f"{len(pairs)} questions in one row need the format messages, sharegpt or alpaca")
+    *earlier, (asked, answered) = pairs
+    record |= {question: asked.content, answer: answered.content}
+    return record | ({"history": [[q.content, a.content] for q, a in earlier]} if earlier else {})
+
+
+def _write_text(content: Content) -> dict[str, Any]:
+    if not isinstance(content, str):
+        raise RowError("a conversation becomes a text only through a chat template; keep its turns")
+    return {"text": content}
+
+
+_SHAREGPT_ROLES = {"user": "human", "assistant": "gpt"}
+
 FORMATS: tuple[Format, ...] = (
     Format(
         name="messages",
         required=("messages",),
         optional=("system",),
         parse=partial(_parse_turns, column="messages"),
+        write=partial(_write_turns, column="messages", role="role", text="content", roles={}),
     ),
     Format(
         name="sharegpt",
         required=("conversations",),
         optional=("system",),
         parse=partial(_parse_turns, column="conversations"),
+        write=partial(_write_turns, column="conversations", role="from", text="value", roles=_SHAREGPT_ROLES),
     ),
     Format(
         name="alpaca",
         required=("instruction", "output"),
         optional=("input", "system", "history"),
         parse=partial(_parse_pair, question="instruction", answer="output", context="input"),
+        write=partial(_write_pair, question="instruction", answer="output", history=True),
     ),
     Format(
         name="dolly",
         required=("instruction", "response"),
         optional=("context", "system"),
         parse=partial(_parse_pair, question="instruction", answer="response", context="context"),
+        write=partial(_write_pair, question="instruction", answer="response"),
     ),
     Format(
         name="prompt-completion",
         required=("prompt", "completion"),
         optional=("system",),
         parse=partial(_parse_pair, question="prompt", answer="completion"),
+        write=partial(_write_pair, question="prompt", answer="completion"),
     ),
     Format(
         name="prompt-response",
         required=("prompt", "response"),
         optional=("system",),
         parse=partial(_parse_pair, question="prompt", answer="response"),
+        write=partial(_write_pair, question="prompt", answer="response"),
     ),
     Format(
         name="question-answer",
         required=("question", "answer"),
         optional=("system",),
         parse=partial(_parse_pair, question="question", answer="answer"),
+        write=partial(_write_pair, question="question", answer="answer"),
     ),
-    Format(name="text", required=("text",), parse=partial(_parse_text, column="text")),
+    Format(name="text", required=("text",), parse=partial(_parse_text, column="text"), write=_write_text),
 )
 """Tried in this order; columns that a format doesn't name are ignored and reported."""

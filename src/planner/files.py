@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from planner.errors import FinefitError
 
@@ -27,23 +30,45 @@ def user_data_folder() -> Path:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write aside in the same folder, fsync, rename. Raises FinefitError when the folder can't be written."""
-    data = content.encode() if isinstance(content, str) else content
+    with atomic_files(path) as (file,):
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_files(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
+    """Files to write piece by piece: aside until the block ends without an exception, then fsynced and renamed in
+    order; else nothing is left of them. Raises FinefitError when a folder can't be written.
+    """
+    asides: list[str] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
+        with ExitStack() as stack:
+            stack.callback(_remove, asides)
+            files = tuple(_open_aside(path, asides, stack) for path in paths)
+            yield files
+            for file, aside in zip(files, asides, strict=True):
                 file.flush()
                 os.fsync(file.fileno())
-            Path(aside).chmod(0o644)
-            Path(aside).replace(path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+                file.close()
+                Path(aside).chmod(0o644)
+            for path, aside in zip(paths, asides, strict=True):
+                Path(aside).replace(path)
+        for folder in {path.parent for path in paths}:
+            _sync_folder(folder)
     except OSError as error:
-        raise FinefitError(f"can't write {path}: {error.strerror or error}") from error
-    _sync_folder(path.parent)
+        names = ", ".join(map(str, paths))
+        raise FinefitError(f"can't write {names}: {error.strerror or error}") from error
+
+
+def _open_aside(path: Path, asides: list[str], stack: ExitStack) -> BinaryIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    asides.append(aside)
+    return stack.enter_context(os.fdopen(handle, "wb"))
+
+
+def _remove(asides: list[str]) -> None:
+    for aside in asides:
+        Path(aside).unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:
