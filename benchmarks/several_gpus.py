@@ -38,7 +38,9 @@ BASE: dict[str, Any] = {
     "max_grad_norm": None,
 }
 TIED = {"model": {**BASE["model"], "tie_word_embeddings": True}}
+ACCUMULATED = {"grad_accum_steps": 2}
 AUTOCAST = {"weights_dtype": "float32", "autocast": "bfloat16"}
+QLORA = {"method": "qlora", "quant": "nf4-double"}
 FSDP, DDP, ZERO1, ZERO2, ZERO3 = ({"sharding": name} for name in ("fsdp", "ddp", "zero1", "zero2", "zero3"))
 
 CASES: dict[str, dict[str, Any]] = {
@@ -69,6 +71,52 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3 full, short reuse": {**ZERO3, "num_gpus": 2, "seq_len": 256},
     "zero2 full, 4 ranks, larger bucket": {**ZERO2, "num_gpus": 4, "seq_len": 256},
     "zero1 full, short rows": {**ZERO1, "num_gpus": 2, "seq_len": 32},
+    "zero3 LoRA, 4 ranks, short reuse": {**ZERO3, "num_gpus": 4, "seq_len": 64, "method": "lora"},
+    "zero3 full, short reuse, no checkpointing": {
+        **ZERO3,
+        "num_gpus": 2,
+        "seq_len": 128,
+        "checkpointing": "none",
+    },
+    "zero2 full, tied, no checkpointing": {
+        **ZERO2,
+        "num_gpus": 2,
+        "seq_len": 128,
+        "checkpointing": "none",
+        **TIED,
+    },
+    "zero2 LoRA, 4 ranks, larger bucket": {**ZERO2, "num_gpus": 4, "seq_len": 32, "method": "lora"},
+    "fsdp full, accumulated": {**FSDP, "num_gpus": 2, "seq_len": 64, **ACCUMULATED},
+    "fsdp full, accumulated, mixed precision": {
+        **FSDP,
+        "num_gpus": 4,
+        "seq_len": 64,
+        **ACCUMULATED,
+        **AUTOCAST,
+    },
+    "fsdp LoRA, accumulated": {**FSDP, "num_gpus": 2, "seq_len": 64, "method": "lora", **ACCUMULATED},
+    "ddp full, accumulated": {**DDP, "num_gpus": 2, "seq_len": 64, **ACCUMULATED},
+    "ddp LoRA, accumulated, 4 ranks": {
+        **DDP,
+        "num_gpus": 4,
+        "seq_len": 64,
+        "method": "lora",
+        **ACCUMULATED,
+    },
+    "zero1 full, accumulated": {**ZERO1, "num_gpus": 2, "seq_len": 64, **ACCUMULATED},
+    "zero2 full, accumulated": {**ZERO2, "num_gpus": 2, "seq_len": 64, **ACCUMULATED},
+    "zero2 LoRA, accumulated, 4 ranks": {
+        **ZERO2,
+        "num_gpus": 4,
+        "seq_len": 64,
+        "method": "lora",
+        **ACCUMULATED,
+    },
+    "zero3 full, accumulated": {**ZERO3, "num_gpus": 2, "seq_len": 64, **ACCUMULATED},
+    "fsdp QLoRA": {**FSDP, "num_gpus": 2, "seq_len": 256, **QLORA},
+    "fsdp QLoRA, 4 ranks": {**FSDP, "num_gpus": 4, "seq_len": 64, **QLORA},
+    "fsdp QLoRA, accumulated": {**FSDP, "num_gpus": 2, "seq_len": 64, **QLORA, **ACCUMULATED},
+    "ddp QLoRA": {**DDP, "num_gpus": 2, "seq_len": 64, **QLORA},
 }
 SMALL = {"bucket": 500_000}
 ZERO_SIZES: dict[str, dict[str, int]] = {
@@ -78,6 +126,16 @@ ZERO_SIZES: dict[str, dict[str, int]] = {
     "zero3 full, short reuse": {**SMALL, "reuse": 1_500_000, "prefetch": 500_000},
     "zero2 full, 4 ranks, larger bucket": {"bucket": 2_000_000},
     "zero1 full, short rows": {"bucket": 2_000_000},
+    "zero3 LoRA, 4 ranks, short reuse": {"bucket": 20_000, "reuse": 1_000_000, "prefetch": 200_000},
+    "zero3 full, short reuse, no checkpointing": {
+        "bucket": 1_000_000,
+        "reuse": 2_000_000,
+        "prefetch": 300_000,
+    },
+    "zero2 full, tied, no checkpointing": {"bucket": 800_000},
+    "zero2 LoRA, 4 ranks, larger bucket": {"bucket": 200_000},
+    **{f"zero{stage} full, accumulated": SMALL for stage in (1, 2, 3)},
+    "zero2 LoRA, accumulated, 4 ranks": {"bucket": 20_000},
 }
 """By case, the elements of DeepSpeed's buffers (planner.sharding.ZeroSizes): the defaults would hide so small a model."""
 
@@ -184,10 +242,13 @@ Errors are those of the rank that holds most: it decides whether a run fits.
 
 DeepSpeed's reduce bucket has 5e8 elements, 1 GB, by default, and hides the rest of so small a model. In these runs it has
 {buckets} elements, and the closed form takes the same; exported files have the default. Ranks of ZeRO-1 differ: one that has the
-end of the parameters frees more gradients before its flat share is made. Not within 3 %:
-stage 3 of a model larger than its reuse distance (`short reuse`: 1.5e6 elements), where the closed form holds two layers and
-everything outside the layers gathered; and stage 2 with a bucket of several layers on 4 ranks, where it takes a full
-bucket's copy to meet the highest moment of a layer. Both are counted high.
+end of the parameters frees more gradients before its flat share is made. What stage 3 gathers ahead and keeps, and what a
+stage reduces at once, is not a formula but DeepSpeed's own bookkeeping, replayed by sizes (`planner/zero_replay.py`);
+the cases with `short reuse` and `larger bucket` have models larger than these buffers.
+
+`accumulated`: two micro-batches, gradients exchanged in the last one only, as Trainer and accelerate do (`no_sync`,
+`set_requires_gradient_sync(False)`; DeepSpeed's engine by itself). QLoRA's packed weights are bitsandbytes' NF4 with
+nested constants, under FSDP2 stored as bfloat16, which is what it can split; each rank holds all constants.
 
 FSDP2 is `torch.distributed.fsdp.fully_shard` in accelerate's groups (each layer; embedding; final norm and head; the
 root), DDP is torch's with accelerate's defaults. What this can't show: NCCL's own memory, and what CUDA's side streams

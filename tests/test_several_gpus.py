@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -127,6 +129,17 @@ def test_processes_of_zero_hold_what_is_predicted_where_buckets_do_not_hide_it()
     ranks = measure_ranks(setup, zero)
     for name in ranks[0]:
         assert phases[name] == pytest.approx(max(rank[name] for rank in ranks), rel=0.03), name
+
+
+MEASURED = Path(__file__).parent.parent / "reports" / "several-gpus.jsonl"
+ROWS = [json.loads(line) for line in MEASURED.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["case"])
+def test_the_closed_form_is_within_3_percent_of_every_measured_peak(row):
+    with mock.patch.object(sharding, "ZERO", replace(sharding.ZERO, **row.get("zero", {}))):
+        predicted = max(closed(TrainSetup(**row["setup"])).values())
+    assert predicted == pytest.approx(max(max(rank.values()) for rank in row["ranks"]), rel=0.03)
 
 
 def test_a_rank_of_zero1_has_whole_gradients_until_the_backward_is_over_and_one_of_zero2_its_share():

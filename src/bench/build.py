@@ -22,6 +22,7 @@ from planner.errors import ConfigError, FinefitError, NotModelledError, SetupErr
 from planner.methods import find_method
 from planner.resolve import resolve_model
 from planner.setup import TrainSetup
+from planner.sharding import STRATEGIES
 
 AUTO_CLASSES = {
     "sft": "AutoModelForCausalLM",
@@ -196,13 +197,21 @@ def _build_error(setup: TrainSetup, attention: str, error: Exception) -> Finefit
 
 
 def quantisation_config(setup: TrainSetup) -> Any:
-    """transformers' BitsAndBytesConfig of the setup; 4-bit weights are computed with in `weights_dtype`."""
+    """transformers' BitsAndBytesConfig of the setup; 4-bit weights are computed with in `weights_dtype`.
+
+    Where they are split over ranks they are packed in elements of that dtype: FSDP2 splits floating-point tensors only,
+    and casts no weight that has the dtype it gathers in.
+    """
     assert setup.quant is not None
     options = QUANTISATIONS[setup.quant]
     if setup.quant == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    is_split = STRATEGIES[setup.sharding].shards_weights and setup.num_gpus > 1
     return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_compute_dtype=torch_dtype(setup.weights_dtype), **options
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch_dtype(setup.weights_dtype),
+        bnb_4bit_quant_storage=torch_dtype(setup.weights_dtype) if is_split else torch.uint8,
+        **options,
     )
 
 

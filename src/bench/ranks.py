@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -69,8 +70,23 @@ def rank_step(
     return wrap(setup, LossModule(model, loss or LOSSES[setup.loss]), phase)
 
 
+class _RankStep(TrainStep):
+    """A step whose model exchanges gradients itself, in the last backward of a global batch only.
+
+    That is what accelerate does unless it is told `sync_each_batch` (Accelerator.no_sync).
+    """
+
+    def exchange(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Around each micro-batch: gradients of all but the last stay this rank's, and whole."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(is_last)
+            return nullcontext()
+        silence: AbstractContextManager[Any] = nullcontext() if is_last else self.model.no_sync()
+        return silence
+
+
 def _step(setup: TrainSetup, wrapped: nn.Module, phase: Phase) -> TrainStep:
-    step = TrainStep(setup, wrapped, build_optimizer(setup, wrapped), phase=phase)
+    step = _RankStep(setup, wrapped, build_optimizer(setup, wrapped), phase=phase)
     step.loss = wrapped_loss
     return step
 
@@ -151,19 +167,29 @@ def _final_norm(inner: Any) -> nn.Module | None:
 
 
 class _EngineStep(TrainStep):
-    """A step whose backward, clipping and update are the engine's."""
+    """A step whose backward, clipping and update are the engine's.
+
+    As under accelerate (DeepSpeedEngineWrapper) the engine is told which micro-batch is the last one, and steps once.
+    """
+
+    def exchange(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Stage 1 exchanges in the last micro-batch; from stage 2 on each adds to this rank's share."""
+        self.model.set_gradient_accumulation_boundary(is_boundary=is_last)
+        return nullcontext()
 
     def micro_step(self, batch: Batch, num_trained_tokens: int) -> torch.Tensor:
         """Forward, loss and backward of one micro-batch."""
         loss = self.forward(batch, num_trained_tokens)
         with self.phase("backward"):
-            self.model.backward(loss)
+            # The loss is a share of the step's mean already.
+            self.model.backward(loss, scale_wrt_gas=False)
         return loss.detach()
 
     def update(self) -> torch.Tensor | None:
-        """Step, where this micro-batch is the last one."""
+        """Clip, step, free the gradients; the gradients' norm before clipping, None without clipping."""
         self.model.step()
-        return None
+        norm = self.model.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm)
 
 
 def _zero_step(setup: TrainSetup, module: LossModule, phase: Phase) -> TrainStep:

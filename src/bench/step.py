@@ -83,7 +83,8 @@ class TrainStep:
         learning_rate = self._set_learning_rate()
         losses = []
         for number, batch in enumerate(micro_batches, start=1):
-            losses.append(self.micro_step(batch, num_trained_tokens))
+            with self.exchange(number == len(micro_batches)):
+                losses.append(self.micro_step(batch, num_trained_tokens))
             if number < len(micro_batches) and self.should_stop():
                 self.optimizer.zero_grad(set_to_none=True)
                 raise StopRequestedError
@@ -91,6 +92,10 @@ class TrainStep:
             grad_norm = self.update()
         self.num_steps_done += 1
         return StepResult(loss=torch.stack(losses).sum(), grad_norm=grad_norm, learning_rate=learning_rate)
+
+    def exchange(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Entered around each micro-batch; several ranks exchange gradients in the last one only."""
+        return nullcontext()
 
     def micro_step(self, batch: Batch, num_trained_tokens: int) -> torch.Tensor:
         """Forward, loss and backward of one micro-batch: its share of the step's loss, detached."""

@@ -22,7 +22,8 @@ class _Gradient:
 class Backward:
     """Plays the operations in reverse.
 
-    `snapshots` are the candidates for the peak, `waiting` the gradients that are alive when a saved tensor is
+    `snapshots` are the candidates for the peak, `made` what is alive after each weight's gradient,
+    with all that have been made so far, `waiting` the gradients that are alive when a saved tensor is
     first asked for.
     """
 
@@ -37,6 +38,7 @@ class Backward:
         self.operations, self.live = operations, list(saved)
         self.step_factor, self.frees_kept = step_factor, frees_kept
         self.snapshots: list[Snapshot] = []
+        self.made: list[tuple[Size, Snapshot]] = []
         self.waiting = NOTHING
         self._saved = tuple(saved)
         self._gradients: dict[int, _Gradient] = {}
@@ -78,6 +80,9 @@ class Backward:
             gradient.num_owners += 1
         self._drop(mine)
         self._free(freed)
+        if op.weight_grad is not ZERO:
+            before = self.made[-1][0] if self.made else ZERO
+            self.made.append((add(before, op.weight_grad), self._snapshot()))
         if self.step_factor is not None and op.weight_grad is not ZERO:
             self.snapshots.append(
                 with_at(self._snapshot(), GRADIENTS, scale(op.weight_grad, self.step_factor))

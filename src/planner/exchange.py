@@ -6,6 +6,8 @@ norm and head, with the embedding where they are tied; the root holds the rest.
 
 from __future__ import annotations
 
+import functools
+
 from planner import sharding
 from planner.inventory import (
     Inventory,
@@ -23,6 +25,7 @@ from planner.setup import TrainSetup
 from planner.sharding import STRATEGIES, Exchanged, Group
 from planner.specs import LayerSpec, ModelSpec
 from planner.units import DTYPE_BYTES
+from planner.zero_calls import CallRules, module_calls
 
 
 def gathered_widths(setup: TrainSetup) -> tuple[int, int, int]:
@@ -63,7 +66,21 @@ def exchanged(setup: TrainSetup, model: ModelSpec, inventory: Inventory, *, is_r
         is_offloaded=setup.offload != "none",
         small_bytes=_small_bytes(setup, model),
         first_trained_params=trained_tensors(setup, model)[0].num_elements,
+        accumulates=setup.grad_accum_steps > 1,
+        passes=functools.partial(module_calls, model, _call_rules(setup)),
         is_cast=(trained_width(setup) if groups.trains_base else unquantised_width(setup)) != groups.weight,
+    )
+
+
+def _call_rules(setup: TrainSetup) -> CallRules:
+    return CallRules(
+        is_checkpointed=setup.checkpointing == "full",
+        trains_base=find_method(setup.method).trains_base,
+        targets=setup.targets if setup.uses_adapters else None,
+        rank=setup.rank,
+        weight_width=unquantised_width(setup),
+        adapter_width=adapter_width(setup),
+        persistent=sharding.ZERO.persistent,
     )
 
 

@@ -8,6 +8,7 @@ from planner.inventory import trained_width
 from planner.layering import Group, Spot, by_category
 from planner.rank import Run
 from planner.shapes import Shape, Terms
+from planner.sharding import Copy
 
 INDEX_BYTES = 8
 """Token ids, labels and positions are int64."""
@@ -107,14 +108,15 @@ class Step:
         return self.shape.highest([logits, *layers, *self._gathers()])
 
     def _gathers(self) -> list[Terms]:
-        """Moments at which the weights of the last layer, or of the model's end, have just arrived."""
-        if not self.run.reduces_by_group:
-            return []
+        """Moments at which the weights of the first or last layer, or of the model's end, have just arrived."""
         buffers, last = self.run.buffers, self.layering.order[-1]
-        at_layer, at_tail = {"workspace": buffers.layer_gather}, {"workspace": buffers.tail_gather}
         at_first = {"workspace": buffers.first_gather, "gradients": self.held_grads}
+        first = self._plus(at_first, {"activations": self.stream})
+        if not self.run.reduces_by_group:
+            return [first] if buffers.first_gather else []
+        at_layer, at_tail = {"workspace": buffers.layer_gather}, {"workspace": buffers.tail_gather}
         return [
-            self._plus(at_first, {"activations": self.stream}),
+            first,
             self._plus(self.stored, self._without_own(last), at_layer),
             self._plus(self.stored, at_tail),
         ]
@@ -161,6 +163,7 @@ class Step:
         exchange, escaped = {"workspace": self.run.buffers.head_backward}, self._escaped(self.layering.whole)
         candidates = [self._plus(self.stored, escaped, exchange, head)]
         candidates += [self._layer_backward(spot) for spot in self.layering.spots]
+        candidates += [self._copying(copy) for copy in self.run.buffers.copies if "layer" in copy.moment]
         candidates.append(self._embedding_backward())
         return self.shape.highest([*candidates, *self._reductions()])
 
@@ -222,6 +225,21 @@ class Step:
             exchange,
             own,
             self._unmoved(self.shape.peak(peaks)),
+            self._late_grads(spot),
+        )
+
+    def _copying(self, copy: Copy) -> Terms:
+        """Within a layer's backward, counted as the last layer's: gradients are copied to be reduced."""
+        spot = max(self.layering.spots, key=lambda s: s.before.num_layers)
+        memory = self.layering.memories[spot.number]
+        made = memory.weight_gradients[0] * copy.made
+        snapshot = next(live for size, live in memory.made if size[0] > made * (1 - 1e-9))
+        own = by_category(snapshot, self.shape)
+        return self._plus(
+            self._stored(spot.before),
+            self._escaped(self.layering.whole),
+            {"workspace": copy.held, "activations": self._stored_inputs(spot.own)},
+            self._unmoved(own),
             self._late_grads(spot),
         )
 
@@ -297,7 +315,7 @@ class Step:
         copies = {"workspace": self._cached(self.layering.whole) + run.buffers.eval_loss}
         head = shape.peak(run.head(shape, self.width, evaluates=True).no_grad)
         peaks = [self._plus(copies, {"activations": inputs}, head)]
-        if run.reduces_by_group:
+        if run.buffers.eval_gather:
             peaks.append(self._plus({"activations": 2 * stream}, {"workspace": run.buffers.eval_gather}))
         mask = run.masks(shape) + run.idle_masks(shape)
         held = inputs + mask + run.rotary(shape)

@@ -7,7 +7,9 @@ A strategy's `buffers` is a function from what is exchanged (`Exchanged`) to wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from planner.zero_replay import MOMENTS, Passes, Reductions, gathered, reduced
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,7 @@ class Exchanged:
     what the optimizer's step makes for a moment. `is_cast`: shards are cast before they are gathered. `is_offloaded`: the optimizer
     steps on the host. `small_bytes`:
     parameters of at most ZeroSizes.persistent elements; `first_trained_params`: elements of the first that trains.
+    `accumulates`: several micro-batches make a step. `passes` gives the modules' calls in order.
     """
 
     ranks: int
@@ -72,11 +75,23 @@ class Exchanged:
     is_offloaded: bool
     small_bytes: int
     first_trained_params: int
+    accumulates: bool
+    passes: Callable[[], Passes]
 
     @property
     def table(self) -> Group:
         """The group with the embedding."""
         return self.tail if self.is_tied else self.embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A flat copy of gradients, as a moment of the backward begins in which the share `made` of a layer's gradients is
+    there: bytes `held` with it."""
+
+    moment: str
+    made: float
+    held: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +104,7 @@ class Buffers:
     without gradients. `first_gather`, `layer_gather`, `tail_gather`, `eval_gather`: while the weights of the first
     layer, any layer, the model's end arrive, before they run; `prefetch`: in the backward, before a layer's begins. Where a group's gradients are whole until its own backward is done, three more moments count
     them in: `head_product`, the head's; `layer_reduce`, a layer's beside their copy that is being reduced; and
-    `embedding_reduce`.
+    `embedding_reduce`. `copies` of gradients are there for a moment within a layer's backward.
     """
 
     always: float = 0.0
@@ -111,6 +126,7 @@ class Buffers:
     eval_gather: float = 0.0
     eval: float = 0.0
     eval_loss: float = 0.0
+    copies: tuple[Copy, ...] = ()
 
 
 def _no_buffers(exchanged: Exchanged) -> Buffers:
@@ -171,7 +187,7 @@ def _zero1(exchanged: Exchanged) -> Buffers:
     """DeepSpeed 0.19's stage 1 (runtime/zero/stage_1_and_2.py).
 
     A bucket of the configured size, however few gradients there are, exists from the first gradient to the end of the
-    backward (setup_buckets, _release_ipg_buffers). Gradients stay whole until the backward is over (process_gradients);
+    step's last backward (setup_buckets, _release_ipg_buffers). Gradients stay whole until the backward is over (process_gradients);
     then they move into the bucket in the order of the parameters (reduce_gradients). When the first bucket full has
     been reduced, the flat tensor of this rank's share is made (copy_grads_in_partition).
     """
@@ -179,75 +195,97 @@ def _zero1(exchanged: Exchanged) -> Buffers:
     is_first_small = exchanged.first_trained_params <= ZERO.bucket
     moved = min(bucket, exchanged.gradients_bytes) if is_first_small else 0
     share = exchanged.gradients_bytes / exchanged.ranks
+    # Where gradients are there already, the embedding's is added before that, and freed.
+    added = exchanged.table.reduced * (2 if exchanged.is_tied else 1) if exchanged.accumulates else 0
+    held = bucket if exchanged.accumulates else 0.0
     return Buffers(
+        forward=held,
+        loss=held,
+        head_backward=held,
         last_layer_backward=bucket,
         first_layer_backward=bucket,
-        embedding_backward=bucket + max(0.0, share - moved),
+        embedding_backward=bucket + max(0.0, share - moved - added),
         optimizer=_zero_optimizer(exchanged),
     )
-
-
-def _last_flat(exchanged: Exchanged) -> float:
-    """The flat copy for a reduction when the embedding's gradient has come, which may be larger than a bucket."""
-    elements = min(exchanged.trained_params, max(ZERO.bucket, exchanged.largest_trained_params))
-    return elements * exchanged.weight_width
 
 
 def _zero2(exchanged: Exchanged) -> Buffers:
     """DeepSpeed 0.19's stage 2: the bucket is that of stage 1, but gradients move into it as soon as they are made.
 
-    A full bucket is copied flat to be reduced (allreduce_bucket). Then the flat tensor of this rank's share is made,
-    for all of it at once.
+    What the bucket holds is copied flat to be reduced (allreduce_bucket) when the next gradient would not fit. After
+    the first reduction the tensors of this rank's share are made, for all of it.
     """
     bucket = ZERO.bucket * exchanged.weight_width
-    flat = min(bucket, exchanged.trained_params * exchanged.weight_width)
-    # One bucket that holds all is copied out when it has been reduced, not before.
-    is_one = exchanged.trained_params <= ZERO.bucket
-    held = exchanged.gradients_bytes / exchanged.ranks if is_one else 0.0
-    layers = bucket - held if is_one else bucket + flat
+    reductions = reduced(exchanged.passes().gradients, ZERO.bucket)
+    share = exchanged.gradients_bytes / exchanged.ranks
+    moments = [cause.moment for _, cause in reductions.each]
+    unmade = [share * all(MOMENTS.index(m) > number for m in moments) for number in (1, 2)]
+    copies = _copies(exchanged, reductions, bucket)
+    # While the first reduction lasts, the share isn't there yet.
+    copies = tuple(replace(c, held=c.held - share * (number == 0)) for number, c in enumerate(copies))
     return Buffers(
-        last_layer_backward=layers,
-        first_layer_backward=layers,
-        embedding_backward=bucket
-        - held
-        + (flat if is_one else _last_flat(exchanged) + exchanged.table.reduced),
+        last_layer_backward=bucket - unmade[0],
+        first_layer_backward=bucket - unmade[1],
+        embedding_backward=bucket + _embedding_reduction(exchanged, reductions, share),
         optimizer=_zero_optimizer(exchanged),
+        copies=copies,
     )
+
+
+def _copies(exchanged: Exchanged, reductions: Reductions, held: float) -> tuple[Copy, ...]:
+    """The flat copies of a backward's reductions, beside what is `held`."""
+    return tuple(
+        Copy(cause.moment, cause.made, held + elements * exchanged.weight_width)
+        for elements, cause in reductions.each
+    )
+
+
+def _embedding_reduction(exchanged: Exchanged, reductions: Reductions, share: float = 0.0) -> float:
+    """What the embedding's gradient is alive with, beyond what the step counts of it (both that a tied one is added of).
+
+    It is made, of a tied one as a third tensor; it waits whole while what came before is reduced; it has moved into
+    the bucket, if that holds it, when the last reduction comes. `share`: this rank's of the gradients, which is there
+    after the first reduction.
+    """
+    own, width = exchanged.table.reduced, exchanged.weight_width
+    moments = [cause.moment for _, cause in reductions.each]
+    made = own * (3 if exchanged.is_tied else 1) - share * (not set(moments) - {MOMENTS[3]})
+    waiting = own + reductions.largest(MOMENTS[3]) * width - share * (moments[:1] == [MOMENTS[3]])
+    stays = own if own > ZERO.bucket * width else 0
+    last = reductions.final * width + stays - share * (not moments)
+    return max(made, waiting, last) - own * (2 if exchanged.is_tied else 0)
 
 
 def _zero3(exchanged: Exchanged) -> Buffers:
     """DeepSpeed 0.19's stage 3 (runtime/zero/stage3.py, partitioned_param_coordinator.py).
 
-    The reduce bucket is there from the start, and from the first step on every small parameter whole. What was used at
-    the end of the forward is needed again soon, in the backward: half of the reuse distance stays gathered. What
-    is gathered ahead is copied out of a flat tensor that lives until the last of it is used (AllGatherCoalescedHandle).
-    A full bucket is copied flat to be reduced (reduce_scatter_coalesced); before the step the share of the gradients is
+    The reduce bucket is there from the start, and from the first step on every small parameter whole; what is gathered
+    of the others follows from the order of the modules' calls (planner.zero_replay). What the bucket holds is copied
+    flat to be reduced (reduce_scatter_coalesced); before the step the share of the gradients is
     copied too (_prepare_fp32_grad_for_sub_group), while the small parameters are split for a moment.
     """
     width = exchanged.weight_width
-    bucket, trained = ZERO.bucket * width, exchanged.trained_params * width
-    small = exchanged.small_bytes
-    split = max(0.0, exchanged.weights_bytes - small)
-    least = 2 * exchanged.layer_bytes + exchanged.root_bytes
-    # A frozen embedding isn't needed in the backward: it goes after its forward.
-    reused = split if exchanged.table.reduced else split - exchanged.table.gathered
-    live = min(reused, max(least, ZERO.reuse / 2 * width))
-    ahead = min(split, ZERO.prefetch * width)
-    # What stayed gathered from the forward needn't be fetched again.
-    again = 0.0 if live == reused else ahead
-    flat = bucket if trained > bucket else 0.0
+    passes = exchanged.passes()
+    live = gathered(passes, reuse=ZERO.reuse, prefetch=ZERO.prefetch)
+    reductions = reduced(passes.gradients, ZERO.bucket)
+    copies = _copies(exchanged, reductions, 0.0)
+    # Of one embedding's gradient the step counts itself.
+    table = _embedding_reduction(exchanged, reductions) - exchanged.table.reduced
     return Buffers(
-        always=bucket,
-        kept=small,
-        forward=live + ahead,
-        loss=live,
-        head_backward=live,
-        last_layer_backward=live + again + flat,
-        first_layer_backward=live + again + flat,
-        embedding_backward=live + _last_flat(exchanged),
+        always=ZERO.bucket * width,
+        kept=exchanged.small_bytes,
+        first_gather=live["first_gather"],
+        forward=live["forward"],
+        loss=live["loss"],
+        head_backward=live["head_backward"],
+        last_layer_backward=live["last_layer_backward"],
+        first_layer_backward=live.get("first_layer_backward", 0),
+        embedding_backward=live.get("embedding_backward", 0) + table,
         optimizer=_zero3_optimizer(exchanged),
-        eval=live,
-        eval_loss=live,
+        eval_gather=live["eval_gather"],
+        eval=live["eval"],
+        eval_loss=live["eval_loss"],
+        copies=tuple(replace(c, held=c.held + live[c.moment]) for c in copies if c.moment in live),
     )
 
 

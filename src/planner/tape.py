@@ -108,7 +108,8 @@ class BlockMemory:
     `input` is the size of what it is given, `output_width` the bytes per element of what it gives. `saved` is split by category; the block's input is not in it (`saves_input` says whether an operation keeps
     it). `forward` includes what the block has saved so far; `no_grad` is the forward with nothing saved
     (evaluation, and the first pass under checkpointing); `backward` includes what is still saved and all
-    gradients made so far; `recompute` is the backward under checkpointing. `weight_gradients` are those that its
+    gradients made so far; `recompute` is the backward under checkpointing; `made` is what is alive in either after each
+    weight's gradient, beside the size of all so far. `weight_gradients` are those that its
     backward leaves behind, `kept` what stays of the first pass under checkpointing until the whole backward is
     done, `cached` what autocast keeps of it until the whole forward is.
     """
@@ -124,6 +125,7 @@ class BlockMemory:
     no_grad: Peaks
     backward: Peaks
     recompute: Peaks
+    made: tuple[tuple[Size, Snapshot], ...]
 
 
 @dataclass(slots=True)
@@ -262,6 +264,7 @@ class Tape:
             no_grad=Peaks(pruned(self._forward(keep_saved=False)[0])),
             backward=Peaks(backward_peaks),
             recompute=Peaks(pruned(recompute)),
+            made=tuple(backward.made),
         )
 
     def _kept(self, *, saved_too: bool = False) -> Snapshot:

@@ -74,7 +74,8 @@ def _fill_4bit(linear: Any) -> None:
         )
         absmax = torch.empty(num_blocks, dtype=torch.uint8)
         state = {"absmax": absmax, "state2": nested, "offset": torch.empty(())}
-    packed = torch.empty((-(-weight.numel() // 2), 1), dtype=torch.uint8)
+    storage = linear.quant_storage
+    packed = torch.empty((-(-weight.numel() // 2) // storage.itemsize, 1), dtype=storage)
     parameter: Any = nn.Parameter(packed, requires_grad=False)
     parameter.quant_state = QuantState(
         shape=weight.shape,
@@ -85,6 +86,14 @@ def _fill_4bit(linear: Any) -> None:
         **state,
     )
     linear.weight = parameter
+    # Where sharding replaces the weight, its state is found here.
+    linear.quant_state = parameter.quant_state
+
+
+def hand_over_state(linear: Any) -> None:
+    """Give a weight that sharding has gathered its state: as bitsandbytes does, but without making it a Params4bit,
+    which no fake tensor can be (bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module)."""
+    linear.weight.quant_state = linear.quant_state
 
 
 def _fill_8bit(linear: Any) -> None:

@@ -101,10 +101,12 @@ def _fill_with_noise(model: Any) -> None:
     """Give a model on the meta device real tensors with small random weights."""
     import torch
 
-    from bench.trace.fakes import fill_with_fakes
+    from bench.trace.fakes import fill_with_fakes, quantised_tensors
 
     fill_with_fakes(model)
     with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
+        for tensor in [*model.parameters(), *model.buffers(), *quantised_tensors(model)]:
             if tensor.is_floating_point():
                 tensor.normal_(0, 0.02)
+            else:
+                tensor.zero_()

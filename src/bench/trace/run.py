@@ -23,7 +23,7 @@ from bench.ranks import rank_step
 from bench.step import TrainStep
 from bench.trace.cuda import WORKSPACES, cuda_rules
 from bench.trace.depth import Depths, PhasePeak, choose_depths, layer_kinds, phase_peaks, shallow_config
-from bench.trace.fakes import fill_with_fakes, quantised_tensors
+from bench.trace.fakes import fill_with_fakes, hand_over_state, quantised_tensors
 from bench.trace.ranks import RankTracker, fake_ranks, let_buckets_pass, unseen_propagation
 from bench.trace.recording import CUDA_ROUNDING_BYTES, HOST, Recording, Storage
 from bench.trace.resume import PHASE as RESUME
@@ -380,6 +380,9 @@ def _fake_step(setup: TrainSetup, tracker: Tracker, on_gpu: bool) -> Iterator[No
         stack.enter_context(mock.patch.object(transformers.masking_utils, "is_tracing", _never))
         if setup.num_gpus > 1:
             stack.enter_context(unseen_propagation(tracker))
+        if setup.quant and not tracker.has_values:
+            name = "bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module"
+            stack.enter_context(mock.patch(name, hand_over_state))
         # When the collector runs must not decide what is alive.
         gc.disable()
         stack.callback(gc.enable)
