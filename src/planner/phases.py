@@ -238,7 +238,7 @@ class Step:
         return self._plus(
             self._stored(spot.before),
             self._escaped(self.layering.whole),
-            {"workspace": copy.held, "activations": self._stored_inputs(spot.own)},
+            {"workspace": copy.held, "activations": self.shape.at(spot.own.inputs)},
             self._unmoved(own),
             self._late_grads(spot),
         )
