@@ -1,4 +1,4 @@
-"""The commands that judge predictions: `compare` reads measurements, `verify` makes them."""
+"""The commands that judge and show predictions and measurements: `compare`, `verify` and `report`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.extras import require_train_extra
-from planner.cli_options import SectionedCommand, Session, json_option
+from planner.cli_options import SectionedCommand, Session, gpu_option, json_option
 from planner.errors import FinefitError, UsageError
 from planner.render import format_json, terminal_width
 from planner.results import SCHEMA_VERSION
@@ -179,4 +179,36 @@ def _plain(found: Verification) -> dict[str, Any]:
     }
 
 
-COMMANDS: tuple[click.Command, ...] = (compare_command, verify_command)
+@click.command(
+    "report", cls=SectionedCommand, epilog="Example: finefit report results.jsonl --html report.html"
+)
+@click.argument("source", metavar="RESULTS|PLAN.YAML|RUN", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", help="One file that needs no network."
+)
+@click.option("--md", type=click.Path(path_type=Path), metavar="FILE", help="The same as Markdown.")
+@gpu_option(required=False)
+@click.option(
+    "--trace/--no-trace", default=False, show_default=True, help="Trace a plan's step, to show its memory."
+)
+@click.pass_obj
+def report_command(
+    session: Session, /, source: Path, html: Path | None, md: Path | None, gpu: str | None, trace: bool
+) -> None:
+    """Draw what was measured, planned or trained: the question and its answer first.
+
+    RESULTS is a file of `finefit bench` or a folder of such files, RUN a folder of `finefit train`.
+    """
+    if html is None and md is None:
+        raise UsageError("where to? --html FILE, --md FILE, or both")
+    if trace:
+        require_train_extra("report --trace")
+    from bench.report.command import build, write
+
+    report = build(session, source, gpu, trace=trace)
+    click.echo(f"{report.question}\n{report.answer}")
+    for path in write(report, html, md):
+        click.echo(f"wrote {path}", err=True)
+
+
+COMMANDS: tuple[click.Command, ...] = (compare_command, verify_command, report_command)

@@ -27,7 +27,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "stdnum",
     ),
     "export": ("trl", "deepspeed"),
-    "plot": ("matplotlib",),
+    "plot": ("matplotlib", "jinja2"),
 }
 """What `pip install 'finefit[EXTRA]'` makes importable."""
 

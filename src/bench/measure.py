@@ -74,7 +74,11 @@ def measure(
         samples=report.samples,
         measured=_with_times(report),
         predicted=predicted,
-        protocol={**asdict(job.protocol), "ended_by": _ended_by(job.protocol, report)},
+        protocol={
+            **asdict(job.protocol),
+            "random_weights": random_weights,
+            "ended_by": _ended_by(job.protocol, report),
+        },
         timeline=report.timeline,
         watched=report.watched,
         warnings=tuple(find_doubts(report, gpu, load)),

@@ -16,6 +16,7 @@ from planner.errors import FinefitError
 from planner.fields import FIELDS
 from planner.files import append_line
 from planner.setup import TrainSetup
+from planner.units import format_bytes
 
 SCHEMA_VERSION = 2
 """Of the lines written here. Version 1 is read too: it had no setup_id, timeline, watched, protocol and fewer figures."""
@@ -23,6 +24,8 @@ SCHEMA_VERSION = 2
 OUTCOMES = ("ok", "oom", "crash", "killed", "timeout")
 MAX_LINE_BYTES = 2**24
 """A longer line is no record."""
+MAX_FILE_BYTES = 2**28
+"""A larger file is refused before it is read: its records would not fit into a small machine's memory."""
 MAX_NUMBER = 2**63
 MAX_DEPTH = 32
 """Levels of lists and objects inside a line; a record has 7, with an inline config."""
@@ -194,6 +197,9 @@ def read_results(path: Path) -> tuple[list[Measurement], list[str]]:
     warnings: list[str] = []
     try:
         with path.open("rb") as file:
+            if file.seek(0, 2) > MAX_FILE_BYTES:
+                raise FinefitError(f"{path} is larger than {format_bytes(MAX_FILE_BYTES)}: split it first")
+            file.seek(0)
             for number, line in enumerate(file, start=1):
                 problem = _read_line(line, found)
                 if problem:
@@ -251,18 +257,29 @@ def _check_keys(values: Mapping[str, Any], cls: type, required: tuple[str, ...] 
 def check_plain(value: Any, where: str = "record", depth: int = 0) -> None:
     """Refuse what no run measures and other programs can't read: infinities, integers beyond 64 bits, deep nesting.
 
-    Raises ValueError that says where.
+    Raises ValueError that says where. Long lists of figures, of which a record mostly consists, are judged at once.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"{where[:60]}: nested too deeply for a record")
+    items: Any = ()
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            check_plain(item, f"{where}.{key}", depth + 1)
-    elif isinstance(value, list):
-        for item in value:
-            check_plain(item, where, depth + 1)
-    elif isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
+        items = ((f"{where}.{key}", item) for key, item in value.items())
+    elif isinstance(value, list) and not set(map(type, value)) <= _FIGURES:
+        items = ((where, item) for item in value)
+    for place, item in items:
+        check_plain(item, place, depth + 1)
+    figures = value if isinstance(value, list) else (value,)
+    if any(not -MAX_NUMBER <= edge <= MAX_NUMBER for edge in _edges(figures)):
         raise ValueError(f"{where}: a figure this large is no measurement")
+
+
+_FIGURES = frozenset((int, float, bool, type(None)))
+
+
+def _edges(values: Sequence[Any]) -> tuple[float, ...]:
+    """The least and the greatest number among values."""
+    numbers = [value for value in values if type(value) in (int, float)]
+    return (min(numbers), max(numbers)) if numbers else ()
 
 
 def _texts(values: Mapping[str, Any], key: str) -> tuple[str, ...]:

@@ -100,4 +100,4 @@ def _is_stretch(value: Any) -> bool:
     if not isinstance(value, Mapping) or set(value) != {"phase", "live_bytes"}:
         return False
     sizes = value["live_bytes"]
-    return isinstance(sizes, list) and all(type(size) is int and size >= 0 for size in sizes)
+    return isinstance(sizes, list) and bool(sizes) and set(map(type, sizes)) == {int} and min(sizes) >= 0

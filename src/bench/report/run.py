@@ -1,0 +1,250 @@
+"""The report of a run's folder: did training work, how fast, and was the prediction right?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.report.content import Block, Code, Facts, Notes, Report, Section, Table, section
+from bench.report.memory_figures import steps_figure
+from bench.report.money import money_blocks
+from bench.report.shared import (
+    clip,
+    environment_facts,
+    label,
+    machine_of,
+    percent,
+    reproduce,
+    setup_facts,
+    size,
+    unique,
+)
+from bench.store import check_plain
+from bench.terms import is_number, table_of
+from planner.errors import FinefitError
+from planner.planfile import PlanFile, read_plan
+from planner.units import format_duration, gib
+
+MAX_FILE_BYTES = 2**28
+MAX_SAMPLES = 3
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether `finefit train` made this folder."""
+    return path.is_dir() and (path / "plan.yaml").is_file()
+
+
+def run_report(folder: Path, made: str) -> Report:
+    """The report of a run, finished or not. Raises FinefitError where its files can't be read."""
+    plan = read_plan(folder / "plan.yaml")
+    steps, evaluations, num_broken = _read_metrics(folder / "metrics.jsonl")
+    summary = _read_summary(folder / "summary.json")
+    notes = [*_texts(summary.get("notes"))]
+    if num_broken:
+        notes.append(f"{num_broken} lines of metrics.jsonl can't be read and were left out")
+    if not summary:
+        notes.append("the run isn't finished: there is no summary.json yet")
+    return Report(
+        question=f"Did fine-tuning work: {label(plan.setup)}?",
+        answer=_answer(summary, steps, evaluations),
+        tone="good" if _has_improved(summary) else "doubtful",
+        doubts=unique(notes),
+        sections=(
+            *section(
+                "The run",
+                [
+                    setup_facts(plan.setup, str(summary.get("device") or plan.gpu or "unknown")),
+                    _facts(summary, steps),
+                ],
+            ),
+            *section(
+                "Learning",
+                [
+                    _losses(steps, evaluations),
+                    _series(steps, "grad_norm", "Norm of the gradients"),
+                    _series(steps, "learning_rate", "Learning rate"),
+                ],
+            ),
+            *section(
+                "Speed and memory", [_series(steps, "tokens_per_s", "Tokens per second"), _memory(steps)]
+            ),
+            *section("Predicted beside measured", [_predictions(plan, summary)]),
+            *_money(plan, summary),
+            *section("Answers before and after", _answers(summary)),
+            *section(
+                "Environment",
+                [environment_facts({"versions": summary.get("versions"), "gpu_name": summary.get("device")})],
+            ),
+            *section("Reproduce", _reproduce(plan, summary)),
+        ),
+        made=made,
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise FinefitError(f"{path} is larger than any run's; it is not read")
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise FinefitError(f"can't read {path}: {error.strerror or error}") from error
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text, parse_constant=lambda name: None)
+        check_plain(value)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    """Steps, evaluations, and how many lines are none."""
+    entries = [_parse(line) for line in _read_text(path).splitlines() if line.strip()]
+    good = [entry for entry in entries if entry is not None and is_number(entry.get("step"))]
+    steps = [entry for entry in good if entry.get("kind") == "step"]
+    evaluations = [entry for entry in good if entry.get("kind") == "eval"]
+    return steps, evaluations, len(entries) - len(good)
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    found = _parse(text)
+    if text.strip() and found is None:
+        raise FinefitError(f"{path} is no summary of a run")
+    return found or {}
+
+
+def _texts(values: Any) -> list[str]:
+    return [clip(value) for value in values] if isinstance(values, list) else []
+
+
+def _figure(values: Mapping[str, Any], name: str) -> float | None:
+    value = values.get(name)
+    return float(value) if is_number(value) else None
+
+
+def _has_improved(summary: Mapping[str, Any]) -> bool:
+    before, after = (_figure(table_of(summary, f"eval_{when}"), "loss") for when in ("before", "after"))
+    return before is not None and after is not None and after < before
+
+
+def _answer(
+    summary: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> str:
+    before, after = (_figure(table_of(summary, f"eval_{when}"), "loss") for when in ("before", "after"))
+    num_steps = len(steps)
+    if before is not None and after is not None:
+        verdict = "Yes" if after < before else "No"
+        took = _figure(summary, "train_s")
+        time = "" if took is None else f" in {format_duration(took)}"
+        return (
+            f"{verdict}: the held-out loss went from {before:.3f} to {after:.3f} in {num_steps} steps{time}."
+        )
+    losses = [loss for step in steps if (loss := _figure(step, "loss")) is not None]
+    if not losses:
+        return "Not known yet: no step has been taken."
+    return f"Not judged on held-out data: the training loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {num_steps} steps."
+
+
+def _facts(summary: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> Facts:
+    pairs = [("optimizer steps", str(len(steps)))]
+    for name, key in (("tokens", "num_tokens"), ("tokens that gave a loss", "num_trained_tokens")):
+        value = _figure(summary, key)
+        if value is not None:
+            pairs.append((name, f"{value:,.0f}"))
+    if is_number(summary.get("resumed_from")):
+        pairs.append(("resumed from step", str(summary["resumed_from"])))
+    return Facts(title="", pairs=tuple(pairs))
+
+
+def _curve(entries: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(float(e["step"]), value) for e in entries if (value := _figure(e, name)) is not None]
+
+
+def _losses(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> Block | None:
+    return steps_figure(
+        "Loss", "loss", {"training": _curve(steps, "loss"), "held out": _curve(evaluations, "loss")}
+    )
+
+
+def _series(steps: Sequence[Mapping[str, Any]], name: str, title: str) -> Block | None:
+    return steps_figure(title, title.lower(), {title.lower(): _curve(steps, name)})
+
+
+def _memory(steps: Sequence[Mapping[str, Any]]) -> Block | None:
+    names = {"resident set": "rss_bytes", "allocated by torch": "allocated_bytes"}
+    curves = {name: [(at, gib(value)) for at, value in _curve(steps, key)] for name, key in names.items()}
+    return steps_figure("Memory after each step", "GiB", curves)
+
+
+_QUANTITIES = (
+    ("peak of live tensors", "memory", "peak_allocated_bytes", size),
+    ("peak reserved by torch", "memory", "peak_reserved_bytes", size),
+    ("used on the device", "memory", "device_used_bytes", size),
+    ("optimizer step", "time", "step_s", format_duration),
+    ("tokens per second", "time", "tokens_per_s", lambda value: f"{value:,.0f}"),
+)
+
+
+def _predictions(plan: PlanFile, summary: Mapping[str, Any]) -> Block | None:
+    predicted, measured = table_of(summary, "predicted") or plan.predicted, table_of(summary, "measured")
+    rows = []
+    for name, part, key, show in _QUANTITIES:
+        expected, found = _figure(table_of(predicted, part), key), _figure(measured, key)
+        if found is None and expected is None:
+            continue
+        error = percent(expected / found - 1) if expected is not None and found else ""
+        rows.append((name, *("" if value is None else show(value) for value in (expected, found)), error))
+    return (
+        Table(title="", columns=("quantity", "predicted", "measured", "error"), rows=tuple(rows))
+        if rows
+        else None
+    )
+
+
+def _money(plan: PlanFile, summary: Mapping[str, Any]) -> list[Section]:
+    speed = _figure(table_of(summary, "measured"), "tokens_per_s")
+    gpu = str(table_of(summary, "predicted").get("gpu") or plan.gpu or "local")
+    try:
+        # what the processor could give when the plan was made stands for its memory
+        usable_bytes = table_of(summary, "predicted", "fit").get("usable_bytes")
+        machine = machine_of(gpu, {"ram_bytes": usable_bytes}, plan.setup.num_gpus)
+    except FinefitError as error:
+        return section("Time and money", [Notes(title="", lines=(f"No costs: {error}",))])
+    return section("Time and money", money_blocks(plan.setup, machine, speed))
+
+
+def _answers(summary: Mapping[str, Any]) -> list[Block | None]:
+    before, after = (summary.get(f"sample_{when}") for when in ("before", "after"))
+    if not isinstance(before, list) or not isinstance(after, list):
+        return []
+    pairs = [
+        (b, a)
+        for b, a in zip(before, after, strict=False)
+        if isinstance(b, Mapping) and isinstance(a, Mapping)
+    ]
+    return [
+        Facts(
+            title=f"Prompt {number}",
+            pairs=(
+                ("asked", clip(a.get("prompt"))),
+                ("before", clip(b.get("answer"))),
+                ("after", clip(a.get("answer"))),
+                ("expected", clip(a.get("expected"))),
+            ),
+        )
+        for number, (b, a) in enumerate(pairs[:MAX_SAMPLES], start=1)
+    ]
+
+
+def _reproduce(plan: PlanFile, summary: Mapping[str, Any]) -> list[Block | None]:
+    blocks: list[Code] = reproduce(
+        plan.setup, plan.gpu or "local", "finefit train plan.yaml", summary.get("versions")
+    )
+    return list(blocks)
