@@ -709,7 +709,9 @@ def test_packed_rows_are_between_perfect_packing_and_none(finefit: Run) -> None:
     )
     # 95 rows of a quarter of a sequence: 24 sequences at best
     assert json.loads(finefit(*words, session=session)[1])["cost"]["steps"] == [24, 95]
-    assert json.loads(finefit(*words, session=Session())[1])["cost"]["steps"] == [1, 95]
+    without = json.loads(finefit(*words, session=Session())[1])["cost"]
+    assert without["steps"] == [1, 2], "five characters are a token or two"
+    assert "estimated" in without["steps_source"]
 
 
 @pytest.mark.parametrize(

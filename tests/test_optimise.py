@@ -31,6 +31,7 @@ from planner.recipes import rates_for
 from planner.run_time import time_of_step
 from planner.search_options import parse_duration
 from planner.setup import TrainSetup
+from planner.sizing import Sizer, Tally
 from planner.specs import Machine
 from planner.tactics import blocks, spots
 from planner.units import GIB
@@ -47,6 +48,7 @@ CONFIG = {
     "tie_word_embeddings": False,
 }
 MODEL = model_spec(CONFIG)
+RTX_4090 = find_gpu("rtx-4090")
 TODAY = datetime.date(2026, 11, 22)
 NAMES = ("a100-80gb-sxm4", "rtx-4090")
 LENGTHS = DataLengths.of([100, 300, 500, 1000] * 5, num_rows=4000, source="made up")
@@ -152,15 +154,32 @@ def test_memory_grows_with_what_the_search_takes_as_growing(
     rung: object, num_gpus: int, size: int, seq_len: int
 ) -> None:
     here = machine(80, num_gpus)
-    fitter = Fitter(MODEL, {"model": CONFIG}, 16)
+
+    def peak(setup: TrainSetup) -> int:
+        return estimate(setup, here, MODEL).memory.peak_allocated_bytes
+
     for spot in spots(rung.method, here, {}):  # type: ignore[attr-defined]
         block = next(blocks(rung.method, here, spot, {}))  # type: ignore[attr-defined]
         fields = {**rung.fields(here.gpu), **block.tactics[-1], "num_gpus": num_gpus}  # type: ignore[attr-defined]
         setup = TrainSetup(model=CONFIG, micro_batch_size=size, seq_len=seq_len, rank=RANKS[0], **fields)
-        peak = fitter.memory(setup, here).peak_allocated_bytes
         larger = [setup.with_(micro_batch_size=2 * size), setup.with_(seq_len=2 * seq_len)]
         larger += [setup.with_(rank=RANKS[-1])] if setup.uses_adapters else []
-        assert all(fitter.memory(other, here).peak_allocated_bytes >= peak for other in larger)
+        assert all(peak(other) >= peak(setup) for other in larger)
+
+
+@settings(deadline=None, max_examples=25)
+@given(rung=st.sampled_from(RUNGS), order=st.permutations([2, 3, 4, 6, 9, 14, 22]))
+def test_verdicts_that_are_shared_are_those_that_are_computed(rung: object, order: list[int]) -> None:
+    """Whatever order the cards come in."""
+    sizer, fields = Sizer(MODEL, Tally()), rung.fields(RTX_4090)  # type: ignore[attr-defined]
+    setup = TrainSetup(model=CONFIG, micro_batch_size=2, seq_len=1024, **fields)
+    for free_gib in order:
+        here = machine(free_gib)
+        expected = estimate(setup, here, MODEL)
+        found = sizer.at("key", lambda: setup, here)
+        assert (found.fit.verdict == "fits") == (expected.fit.verdict == "fits")
+        assert found.fit.headroom_bytes == expected.fit.headroom_bytes
+        assert sizer.with_odds(found, here).fit == expected.fit
 
 
 def test_the_front_holds_what_nothing_beats_and_the_goals_are_on_it() -> None:

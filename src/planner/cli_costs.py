@@ -14,7 +14,7 @@ from planner.cli_options import (
     json_option,
     setup_options,
 )
-from planner.cli_plan import setup_and_machine
+from planner.cli_plan import row_lengths, setup_and_machine
 from planner.cli_tables import complete_model, online_option
 from planner.render import format_json, terminal_width
 
@@ -144,17 +144,17 @@ def costs_command(
 
 def _length(session: Session, setup: TrainSetup, num_tokens: float | None) -> RunLength | None:
     """The run's steps: from --tokens, the plan's steps, or its data; None where nothing says it."""
-    from planner.run_length import length_by_plan, length_by_rows, length_by_tokens
+    from planner.run_length import length_by_lengths, length_by_plan, length_by_rows, length_by_tokens
 
     if num_tokens is not None:
         return length_by_tokens(setup, num_tokens)
     planned = length_by_plan(setup)
     if planned is not None or setup.data is None:
         return planned
-    if setup.packing and session.token_lengths is not None:
-        lengths, _ = session.token_lengths(setup.to_dict())
+    if setup.packing:
+        lengths, _ = row_lengths(session, setup.to_dict())
         if lengths is not None:
-            return length_by_rows(setup, lengths.num_rows, lengths.mean)
+            return length_by_lengths(setup, lengths)
     from pathlib import Path
 
     from planner.dataset_files import count_records

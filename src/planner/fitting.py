@@ -10,40 +10,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from operator import attrgetter
+from dataclasses import dataclass, replace
 from typing import Any
 
-from planner.checks import check
 from planner.errors import NotModelledError, SetupError
-from planner.estimate import machine_facts, usable_memory
-from planner.memory import memory_model
 from planner.quality import RANKS, Rung
-from planner.results import Estimate, Fit, Memory, Time
+from planner.results import Estimate, Fit, Time
 from planner.run_time import time_of_step
 from planner.setup import TrainSetup
+from planner.sizing import Sizer, Tally
 from planner.specs import Machine, ModelSpec
 from planner.tactics import Block, blocks, spots
-from planner.uncertainty import Uncertainty
+from planner.units import format_bytes
 
 ENOUGH_TOKENS = 16_384
 """Tokens per micro-batch beyond which a larger one no longer fills a GPU better."""
-
-_decisive = attrgetter(*(f.name for f in fields(TrainSetup) if f.name != "model"))
-
-
-@dataclass(slots=True)
-class Tally:
-    """What a search covered: `setups`, of which each was decided; `ways` counts each offer that could run one.
-
-    `sized` peaks were computed and `timed` steps; `shared` peaks were known from another card.
-    """
-
-    setups: int = 0
-    ways: int = 0
-    sized: int = 0
-    shared: int = 0
-    timed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +66,7 @@ class Fitter:
         """`wishes` are TrainSetup fields that hold for all; `wanted_rank` is tried first, lower ones after it."""
         self.model, self.wishes, self.wanted_rank = model, wishes, wanted_rank
         self.tally = Tally()
-        self._peaks: dict[Hashable, Memory] = {}
+        self.sizer = Sizer(model, self.tally)
         self._times: dict[Hashable, Time | None] = {}
 
     def best(
@@ -109,37 +90,43 @@ class Fitter:
         return nearest
 
     def longest(self, rung: Rung, machine: Machine, lengths: Sequence[int], global_batch: int) -> int:
-        """The longest of the ascending lengths that fits in any way, 0 where none does."""
-        low, high = -1, len(lengths)
-        while high - low > 1:
-            middle = (low + high) // 2
-            shape = BatchShape(
-                seq_len=lengths[middle],
-                global_batch=global_batch,
-                is_packed=bool(self.wishes.get("packing")),
-            )
-            low, high = (middle, high) if _Family(self, rung, machine, shape).fits_at_all() else (low, middle)
-        return lengths[low] if low >= 0 else 0
+        """The longest of the ascending lengths that fits in any way, 0 where none does.
 
-    def memory(self, setup: TrainSetup, machine: Machine) -> Memory:
-        """The peak on a machine; computed once for all that share its features."""
-        facts = machine_facts(machine)
-        key = (*facts.values(), _decisive(setup))
-        if key in self._peaks:
-            self.tally.shared += 1
-        else:
-            self.tally.sized += 1
-            owner = memory_model(setup, self.model, **facts)
-            self._peaks[key] = owner.at(setup.micro_batch_size, setup.seq_len)
-        return self._peaks[key]
+        Each of the leanest tactics is asked whether it reaches beyond what is found already, and only then how far.
+        """
+        is_packed = bool(self.wishes.get("packing"))
+        families: dict[int, _Family] = {}
 
-    def time(self, setup: TrainSetup, machine: Machine) -> Time | None:
-        """A step's time."""
-        key = (machine.gpu.name, _decisive(setup))
-        if key not in self._times:
+        def fits(tactic: Mapping[str, Any], number: int) -> bool:
+            if number not in families:
+                shape = BatchShape(seq_len=lengths[number], global_batch=global_batch, is_packed=is_packed)
+                families[number] = _Family(self, rung, machine, shape)
+            return families[number].fits(tactic)
+
+        found = -1
+        first = _Family(
+            self,
+            rung,
+            machine,
+            BatchShape(seq_len=lengths[0], global_batch=global_batch, is_packed=is_packed),
+        )
+        for tactic in first.leanest():
+            if found + 1 == len(lengths) or not fits(tactic, found + 1):
+                continue
+            low, high = found + 1, len(lengths)
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if fits(tactic, middle) else (low, middle)
+            found = low
+        return lengths[found] if found >= 0 else 0
+
+    def time(self, key: Hashable, setup: TrainSetup, machine: Machine) -> Time | None:
+        """A step's time on a card."""
+        whole = machine.gpu.name, key
+        if whole not in self._times:
             self.tally.timed += 1
-            self._times[key] = time_of_step(setup, machine, self.model)
-        return self._times[key]
+            self._times[whole] = time_of_step(setup, machine, self.model)
+        return self._times[whole]
 
 
 class _Family:
@@ -151,8 +138,13 @@ class _Family:
         self.blocks = [
             list(blocks(rung.method, machine, spot, wishes)) for spot in spots(rung.method, machine, wishes)
         ]
-        self.usable_bytes = usable_memory(machine)[0]
-        self.on_gpu = machine.gpu.backend != "cpu"
+        self.fields = {
+            "seq_len": shape.seq_len,
+            "packing": shape.is_packed,
+            "num_gpus": machine.num_gpus,
+            **rung.fields(machine.gpu),
+        }
+        self.key = (rung.name, shape, *self.fields.items(), wishes.get("attention"))
         self.per_rank = max(1, shape.global_batch // machine.num_gpus)
         self.missed: list[Estimate] = []
         self.errors: list[SetupError | NotModelledError] = []
@@ -177,13 +169,19 @@ class _Family:
             raise self.errors[0]
         return None
 
-    def fits_at_all(self) -> bool:
-        """Whether the leanest way fits, at micro-batch 1."""
-        return any(spot and self._leanest_fits(spot) for spot in self.blocks)
+    def leanest(self) -> list[Mapping[str, Any]]:
+        """Of every spot, what needs least, the likeliest first."""
+        return [tactic for spot in reversed(self.blocks) if spot for tactic in _leanest(spot)]
+
+    def fits(self, tactic: Mapping[str, Any]) -> bool:
+        """Whether a tactic fits at micro-batch 1 and the lowest rank."""
+        answer = self._at(tactic, 1, self._ranks(all_ranks=True)[0])
+        return answer is not None and answer.fit.verdict == "fits"
 
     def misfit(self) -> Misfit:
         """The nearest miss in words."""
         nearest = max(self.missed, key=lambda e: e.fit.headroom_bytes or 0)
+        nearest = self.fitter.sizer.with_odds(nearest, self.machine)
         return Misfit(
             rung=self.rung, machine=self.machine, reason=describe_gap(nearest.fit), estimate=nearest
         )
@@ -206,17 +204,13 @@ class _Family:
                 found = self._largest(tactic, rank)
                 if found is not None:
                     largest = max(largest, found.setup.micro_batch_size)
-                    yield replace(found, time=self.fitter.time(found.setup, self.machine))
+                    key = self._key(tactic, found.setup.micro_batch_size, rank)
+                    yield replace(found, time=self.fitter.time(key, found.setup, self.machine))
             if largest == self._sizes()[-1]:
                 return
 
     def _leanest_fits(self, spot: Sequence[Block]) -> bool:
-        """The last block's tactics that recompute, at the lowest rank; how the loss is best made depends on the model."""
-        block = spot[-1]
-        recomputing = block.tactics[-1]["checkpointing"]
-        lean = [tactic for tactic in block.tactics if tactic["checkpointing"] == recomputing]
-        answers = [self._at(tactic, 1, self._ranks(all_ranks=True)[0]) for tactic in lean]
-        return any(answer is not None and answer.fit.verdict == "fits" for answer in answers)
+        return any(self.fits(tactic) for tactic in _leanest(spot))
 
     def _largest(self, tactic: Mapping[str, Any], rank: int) -> Estimate | None:
         """With the largest micro-batch that fits, by bisection."""
@@ -252,23 +246,12 @@ class _Family:
 
     def _at(self, tactic: Mapping[str, Any], size: int, rank: int) -> Estimate | None:
         """None where such a setup is refused."""
-        wishes = self.fitter.wishes
-        accumulation = {} if "grad_accum_steps" in tactic else {"grad_accum_steps": self._accumulation(size)}
-        values = {
-            "seq_len": self.shape.seq_len,
-            "packing": self.shape.is_packed,
-            "rank": rank,
-            "num_gpus": self.machine.num_gpus,
-            **self.rung.fields(self.machine.gpu),
-            **tactic,
-            **accumulation,
-            **wishes,
-            "micro_batch_size": size,
-        }
+
+        def build() -> TrainSetup:
+            return self._build(tactic, size, rank)
+
         try:
-            setup = TrainSetup(**values)
-            check(setup, self.machine, self.fitter.model)
-            answer = self._judged(setup)
+            answer = self.fitter.sizer.at(self._key(tactic, size, rank), build, self.machine)
         except (SetupError, NotModelledError) as error:
             self.errors.append(error)
             return None
@@ -276,28 +259,23 @@ class _Family:
             self.missed.append(answer)
         return answer
 
+    def _key(self, tactic: Mapping[str, Any], size: int, rank: int) -> Hashable:
+        return self.key, tuple(tactic.items()), size, rank
+
+    def _build(self, tactic: Mapping[str, Any], size: int, rank: int) -> TrainSetup:
+        accumulation = {} if "grad_accum_steps" in tactic else {"grad_accum_steps": self._accumulation(size)}
+        values = {**self.fields, "rank": rank, **tactic, **accumulation, **self.fitter.wishes}
+        return TrainSetup(**{**values, "micro_batch_size": size})
+
     def _accumulation(self, size: int) -> int:
         wished: int | None = self.fitter.wishes.get("grad_accum_steps")
         return max(1, self.per_rank // size) if wished is None else wished
 
-    def _judged(self, setup: TrainSetup) -> Estimate:
-        memory = self.fitter.memory(setup, self.machine)
-        fit = Uncertainty(setup, on_gpu=self.on_gpu).judge(memory, self.usable_bytes)
-        if self.machine.host_bytes is not None and setup.offload != "none":
-            fit = _with_host(fit, memory, self.machine.host_bytes)
-        return Estimate(setup=setup, gpu=self.machine.label, memory=memory, fit=fit, time=None)
 
-
-def _with_host(fit: Fit, memory: Memory, host_bytes: int) -> Fit:
-    """What is kept on the host must fit there too."""
-    if memory.host_bytes <= host_bytes:
-        return fit
-    return Fit(
-        verdict="does-not-fit",
-        usable_bytes=host_bytes,
-        headroom_bytes=host_bytes - memory.host_bytes,
-        probability=1.0,
-    )
+def _leanest(spot: Sequence[Block]) -> list[Mapping[str, Any]]:
+    """The last block's tactics that recompute; the loss that makes no logits, which is the likeliest to fit, comes first."""
+    last = spot[-1].tactics
+    return [tactic for tactic in reversed(last) if tactic["checkpointing"] == last[-1]["checkpointing"]]
 
 
 def _checkpointing(tactic: Mapping[str, Any]) -> str:
@@ -317,8 +295,6 @@ def describe_gap(fit: Fit) -> str:
     >>> describe_gap(Fit(verdict="does-not-fit", usable_bytes=2**30, headroom_bytes=-(2**30), probability=1.0))
     'needs 2.0 GiB, 1.0 GiB over'
     """
-    from planner.units import format_bytes
-
     headroom, usable = fit.headroom_bytes or 0, fit.usable_bytes or 0
     if headroom < 0:
         return f"needs {format_bytes(usable - headroom)}, {format_bytes(-headroom)} over"

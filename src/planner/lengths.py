@@ -96,7 +96,7 @@ class DataLengths:
         """Tokens of a row on average, cut at `seq_len`."""
         if not self.sample:
             return min(self.mean, float(seq_len))
-        return statistics.fmean(min(n, seq_len) for n in self.sample)
+        return _kept_mean(self.sample, seq_len)
 
     def padded_mean(self, seq_len: int, micro_batch_size: int) -> float:
         """Positions of a row on average when each micro-batch of rows drawn by chance is padded to its longest.
@@ -106,13 +106,7 @@ class DataLengths:
         """
         if not self.sample:
             return float(seq_len)
-        count = len(self.sample)
-        chances = [(i / count) ** micro_batch_size for i in range(count + 1)]
-        parts = (
-            min(n, seq_len) * (upper - lower)
-            for n, lower, upper in zip(self.sample, chances, chances[1:], strict=False)
-        )
-        return sum(parts)
+        return _padded_mean(self.sample, seq_len, micro_batch_size)
 
     def packed_share(self, seq_len: int) -> float:
         """Sequences per row when rows are packed by best fit; without a sample as if no token were wasted."""
@@ -126,6 +120,22 @@ class DataLengths:
             return self.sample[_rank(len(self.sample), share)]
         known = ((0.50, self.p50), (0.99, self.p99))
         return next((length for upto, length in known if share <= upto), self.longest)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_mean(sample: tuple[int, ...], seq_len: int) -> float:
+    return statistics.fmean(min(n, seq_len) for n in sample)
+
+
+@functools.lru_cache(maxsize=1024)
+def _padded_mean(sample: tuple[int, ...], seq_len: int, micro_batch_size: int) -> float:
+    count = len(sample)
+    chances = [(i / count) ** micro_batch_size for i in range(count + 1)]
+    parts = (
+        min(n, seq_len) * (upper - lower)
+        for n, lower, upper in zip(sample, chances, chances[1:], strict=False)
+    )
+    return sum(parts)
 
 
 @functools.lru_cache(maxsize=256)

@@ -210,6 +210,12 @@ def memory_model(
     return kind(setup, model, on_gpu=on_gpu, capability=capability)
 
 
+def card_features(*, on_gpu: bool, capability: tuple[int, int] | None) -> Hashable:
+    """What of a card its peaks depend on: cards with equal features have equal peaks for every setup."""
+    has_flash = capability is None or capability >= FLASH_CAPABILITY
+    return on_gpu, has_flash, _workspace_bytes(capability) if on_gpu else 0, context_bytes(capability)
+
+
 def _workspace_bytes(capability: tuple[int, int] | None) -> int:
     is_hopper = capability is not None and capability[0] in (9, 10, 12)
     return CUBLAS_HANDLES * (CUBLAS_WORKSPACE_HOPPER_BYTES if is_hopper else CUBLAS_WORKSPACE_BYTES)

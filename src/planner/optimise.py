@@ -22,13 +22,13 @@ from planner.money import Rates
 from planner.options import TOKENS_OF_A_RATE, Limits, Option, Out, Outcome, best, pareto
 from planner.places import Place
 from planner.price_book import PriceBook
-from planner.quality import RUNGS, Quality, filling_rank, rungs
+from planner.quality import RUNGS, Quality, Rung, filling_rank, rungs
 from planner.recipes import attention_for, describe_rates, rates_for
 from planner.run_length import RunLength
 from planner.run_time import RunTime, run_time
 from planner.search import LENGTH_STEP, batch_shape
 from planner.setup import TrainSetup
-from planner.specs import Machine, ModelSpec
+from planner.specs import ModelSpec
 
 SHORTER = (0.99, 0.95, 0.90)
 """Shares of the rows that a shorter sequence still holds whole, tried where the longest row doesn't fit."""
@@ -106,23 +106,23 @@ class _Search:
             wishes = {**attention_for(self.model, place.machine.gpu), **self.wishes}
             self.fitter.wishes = wishes
             for rung in rungs(wishes, place.machine.gpu):
-                shapes = self._shapes(rung, place.machine)
+                shapes = self._shapes(rung, place)
                 found = self.fitter.best(rung, place.machine, shapes, place.num_ways)
                 if isinstance(found, Misfit):
                     self.misfits.append(found)
                 else:
                     yield from self._priced(found, place)
 
-    def _shapes(self, rung: Any, machine: Machine) -> list[BatchShape]:
+    def _shapes(self, rung: Rung, place: Place) -> list[BatchShape]:
         """The batch that the data wants, then shorter ones; for the longest context the longest that fits."""
         question = self.question
         is_longest = question.goal == "longest-context" and "seq_len" not in self.wishes
         # longer rows than those at hand are wanted: these don't decide
         lengths = None if is_longest else question.lengths
-        wanted = batch_shape(self.fitter.wishes, self.model, lengths, machine, question.global_batch)
+        wanted = batch_shape(self.fitter.wishes, self.model, lengths, place.machine, question.global_batch)
         first = _as_shape(wanted, lengths)
         if is_longest:
-            return [self._longest(rung, machine, first)]
+            return [self._longest(rung, place, first)]
         if lengths is None or "seq_len" in self.wishes:
             return [first]
         shorter = {-(-lengths.percentile(share) // LENGTH_STEP) * LENGTH_STEP for share in SHORTER}
@@ -132,11 +132,13 @@ class _Search:
             if length < first.seq_len
         ]
 
-    def _longest(self, rung: Any, machine: Machine, first: BatchShape) -> BatchShape:
+    def _longest(self, rung: Rung, place: Place, first: BatchShape) -> BatchShape:
+        machine, num_ways = place.machine, place.num_ways
         limit = self.model.max_positions or MAX_CONTEXT
         lengths = [*range(CONTEXT_STEP, limit, CONTEXT_STEP), limit]
         longest = self.fitter.longest(rung, machine, lengths, first.global_batch)
         self.fitter.tally.setups += len(lengths)
+        self.fitter.tally.ways += len(lengths) * num_ways
         lengths_known = self.question.lengths
         lost = None if lengths_known is None else lengths_known.share_lost(longest)
         return replace(

@@ -9,12 +9,12 @@ from typing import Any
 
 from planner.cost import OwnCost, RentCost, Span
 from planner.errors import UsageError
-from planner.fitting import Tally
 from planner.money import Money
 from planner.offers import Offer
 from planner.quality import Quality, Rung
 from planner.results import Estimate
 from planner.run_time import RunTime
+from planner.sizing import Tally
 from planner.specs import Machine
 from planner.units import format_duration
 

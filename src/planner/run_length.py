@@ -69,14 +69,14 @@ def length_by_lengths(setup: TrainSetup, lengths: DataLengths) -> RunLength:
     planned = length_by_plan(setup)
     if planned is not None:
         return planned
-    if not setup.packing:
-        return length_by_rows(setup, lengths.num_rows)
+    if not setup.packing or not lengths.sample:
+        return length_by_rows(setup, lengths.num_rows, lengths.mean)
     rows = max(1, lengths.num_rows - held_out_rows(setup, lengths.num_rows))
     sequences = rows * lengths.packed_share(setup.seq_len)
     return RunLength(
         low_steps=_steps(setup, max(1, math.ceil(sequences * lengths.low_factor))),
         high_steps=_steps(setup, min(rows, math.ceil(sequences * lengths.high_factor))),
-        source=f"{setup.epochs:g} epoch(s) of {rows:,} rows, packed",
+        source=f"{setup.epochs:g} epoch(s) of {rows:,} rows, packed; lengths {lengths.source}",
     )
 
 
