@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bench.cli import run
@@ -89,6 +89,7 @@ def question(**changes: object) -> Question:
 
 
 @settings(deadline=None, max_examples=12)
+@example(rung=RUNGS[0], free_gib=2.0, num_gpus=1, seq_len=256)
 @given(
     rung=st.sampled_from(RUNGS),
     free_gib=st.floats(1, 20),

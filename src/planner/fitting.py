@@ -173,9 +173,9 @@ class _Family:
         """Of every spot, what needs least, the likeliest first."""
         return [tactic for spot in reversed(self.blocks) if spot for tactic in _leanest(spot)]
 
-    def fits(self, tactic: Mapping[str, Any]) -> bool:
-        """Whether a tactic fits at micro-batch 1 and the lowest rank."""
-        answer = self._at(tactic, 1, self._ranks(all_ranks=True)[0])
+    def fits(self, tactic: Mapping[str, Any], size: int = 1) -> bool:
+        """Whether a tactic fits at a micro-batch and the lowest rank."""
+        answer = self._at(tactic, size, self._ranks(all_ranks=True)[0])
         return answer is not None and answer.fit.verdict == "fits"
 
     def misfit(self) -> Misfit:
@@ -210,10 +210,13 @@ class _Family:
                 return
 
     def _leanest_fits(self, spot: Sequence[Block]) -> bool:
-        return any(self.fits(tactic) for tactic in _leanest(spot))
+        """At micro-batch 1, or at the one that needs no accumulation: gradients that wait for others take room."""
+        whole = self._sizes()[-1]
+        sizes = (1, whole) if whole > 1 and self._accumulation(whole) == 1 else (1,)
+        return any(self.fits(tactic, size) for size in sizes for tactic in _leanest(spot))
 
     def _largest(self, tactic: Mapping[str, Any], rank: int) -> Estimate | None:
-        """With the largest micro-batch that fits, by bisection."""
+        """With the largest micro-batch that fits: the largest of all, which accumulates least, else by bisection."""
         sizes = self._sizes()
         found, low, high = None, -1, len(sizes)
         while high - low > 1:
