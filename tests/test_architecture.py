@@ -42,7 +42,7 @@ LAYERS = (
         "packing",
     ),
     ("lengths",),
-    ("operations", "sharding"),
+    ("operations", "sharding", "render_plot"),
     ("backward",),
     ("tape",),
     ("shapes",),
@@ -88,7 +88,7 @@ LAYERS = (
     ("estimate",),
     ("run_time", "places", "quality", "tactics", "sizing"),
     ("fitting",),
-    ("search", "fits", "accuracy", "export", "costs", "options"),
+    ("search", "fits", "by_length", "accuracy", "export", "costs", "options"),
     ("needs", "facts", "render_estimate", "cli_options", "optimise", "coverage", "cost_options", "claims"),
     (
         "api",

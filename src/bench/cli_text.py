@@ -11,6 +11,7 @@ from bench.store import Measurement
 from bench.terms import TermError
 from bench.verify import Verification, VerifyRow
 from planner.render import Column, blank_repeats, format_facts, format_table, paint, printable, wrap
+from planner.render_plot import format_area
 from planner.units import format_duration, gib
 
 MAX_SAMPLE_CHARS = 300
@@ -52,8 +53,10 @@ def format_measurement(run: Measurement, width: int | None = None) -> str:
         ),
         Column(title="error", cells=tuple(_error(errors.get(name)) for name in shown), is_number=True),
     ]
-    notes = [wrap(f"note: {note}", width, rest="  ") for note in run.warnings]
-    return "\n".join([heading, "", format_table(columns, width), *notes])
+    notes = [wrap(f"note: {printable(note)}", width, rest="  ") for note in run.warnings]
+    plot = format_area(run.timeline, None, width)
+    along = ["", paint("Memory along one step", "strong"), plot, ""] if plot else []
+    return "\n".join([heading, "", format_table(columns, width), *along, *notes])
 
 
 def _predicted(quantity: str, rows: Mapping[str, PredictionRow]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bench.timeline import of_recording
 from planner.render import Column, format_facts, format_table, paint, printable
 from planner.render_estimate import format_estimate
+from planner.render_plot import format_area
 from planner.units import format_bytes
 
 if TYPE_CHECKING:
@@ -17,10 +19,18 @@ def format_trace(traced: Traced, width: int | None = None) -> str:
     """The estimate, the operator at the peak, the allocator's part, and the largest tensors."""
     parts = [
         format_estimate(traced.estimate, width),
+        _format_step(traced, width),
         _format_peak(traced, width),
         _format_largest(traced, width),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _format_step(traced: Traced, width: int | None) -> str:
+    """Memory along the last step, with what the card can give."""
+    stretches = of_recording(traced.result.timeline, traced.workspace_bytes)
+    plot = format_area(stretches, traced.usable_bytes, width)
+    return f"{paint('Memory along one step', 'strong')}\n{plot}" if plot else ""
 
 
 def _format_peak(traced: Traced, width: int | None) -> str:

@@ -28,6 +28,7 @@ from planner.planfile import looks_like_plan, read_plan
 from planner.render import format_json, terminal_width
 
 if TYPE_CHECKING:
+    from planner.by_length import LengthRow
     from planner.lengths import DataLengths
     from planner.results import Estimate
     from planner.setup import TrainSetup
@@ -58,6 +59,7 @@ def set_option(function: Any) -> Any:
 @click.option(
     "--trace", is_flag=True, help="Trace the model's real step on fake tensors instead of the formulas."
 )
+@click.option("--by-length", is_flag=True, help="Also show what fits by length of the sequence.")
 @trust_option
 @online_option
 @setup_options(without=("model",))
@@ -70,6 +72,7 @@ def estimate_command(
     gpu: str | None,
     cases: str | None,
     trace: bool,
+    by_length: bool,
     trust_remote_code: bool,
     online: bool,
     as_json: bool,
@@ -85,7 +88,7 @@ def estimate_command(
     fields = given_fields(options)
     answer = _answer(session, trace, trust_remote_code, online)
     if cases is not None:
-        if model is not None or fields:
+        if model is not None or fields or by_length:
             raise UsageError(
                 "--cases takes only --gpu, --trace, --trust-remote-code, --online and --json beside it"
             )
@@ -95,8 +98,38 @@ def estimate_command(
         raise UsageError("which model? `finefit estimate MODEL --gpu GPU`, or --cases FILE")
     setup, machine = setup_and_machine(session, model, gpu, fields)
     found = answer(setup, machine)
-    click.echo(format_json(found.to_json()) if as_json else format_estimate(found, terminal_width()))
+    rows = _lengths(setup, machine) if by_length else None
+    if as_json:
+        more = {} if rows is None else {"by_length": [row.to_json() for row in rows]}
+        click.echo(format_json({**found.to_json(), **more}))
+        return exit_code(found)
+    click.echo(format_estimate(found, terminal_width()))
+    if rows is not None:
+        click.echo(_format_lengths(found, rows))
     return exit_code(found)
+
+
+def _lengths(setup: TrainSetup, machine: Machine) -> list[LengthRow]:
+    from planner.by_length import by_length
+
+    return by_length(setup, machine)
+
+
+def _format_lengths(found: Estimate, rows: list[LengthRow]) -> str:
+    """One bar per length against what the card can give."""
+    from planner.render import paint, wrap
+    from planner.render_estimate import describe_fit
+    from planner.render_plot import Bar, format_limit_bars
+    from planner.units import format_bytes
+
+    usable_bytes = found.fit.usable_bytes
+    given = "" if usable_bytes is None else f"; it can give {format_bytes(usable_bytes)}"
+    title = f"What fits by length (tokens, micro-batch {found.setup.micro_batch_size}{given})"
+    bars = [
+        Bar(label=str(row.seq_len), num_bytes=row.needed_bytes, note=describe_fit(row.fit)) for row in rows
+    ]
+    width = terminal_width()
+    return f"\n{paint(wrap(title, width), 'strong')}\n{format_limit_bars(bars, usable_bytes, width)}"
 
 
 def exit_code(estimate: Estimate) -> int:

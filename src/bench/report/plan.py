@@ -9,17 +9,16 @@ from bench.report.memory_figures import Point, against_length, bars_figure, time
 from bench.report.money import money_blocks
 from bench.report.shared import label, setup_facts, size, unique
 from bench.timeline import Stretch
+from planner.by_length import by_length, needed_bytes
 from planner.errors import FinefitError
-from planner.estimate import Estimator, resolve
 from planner.planfile import PlanFile, format_plan
 from planner.render_estimate import describe_fit, describe_time
 from planner.results import Estimate
 from planner.setup import TrainSetup
-from planner.specs import Machine, ModelSpec
+from planner.specs import Machine
 from planner.units import gib
 
 TONES = {"fits": "good", "tight": "doubtful", "does-not-fit": "bad"}
-LENGTHS = tuple(2**power for power in range(7, 18))
 BATCHES = (1, 2, 4, 8)
 
 
@@ -83,31 +82,17 @@ def _percent(share: float) -> str:
     return "under 1 %" if share < 0.01 else "over 99 %" if share > 0.99 else f"{100 * share:.0f} %"
 
 
-def needed_bytes(found: Estimate) -> int:
-    """What is held against what the card can give; all that the device shows where that is unknown."""
-    fit = found.fit
-    if fit.usable_bytes is None or fit.headroom_bytes is None:
-        return found.memory.device_used_bytes
-    return fit.usable_bytes - fit.headroom_bytes
-
-
-def length_points(setup: TrainSetup, machine: Machine, model: ModelSpec | None = None) -> list[Point]:
-    """Memory by length for a few micro-batches, as far as twice what the card gives; nothing where it isn't modelled."""
+def length_points(setup: TrainSetup, machine: Machine) -> list[Point]:
+    """Memory by length for a few micro-batches; nothing where it isn't modelled."""
+    sizes = sorted({*BATCHES, setup.micro_batch_size})
     try:
-        spec = model or resolve(setup)
-        estimator = Estimator(setup, machine, spec)
-        limit = spec.max_positions or LENGTHS[-1]
-        found = []
-        for batch in sorted({*BATCHES, setup.micro_batch_size}):
-            for length in sorted({n for n in (*LENGTHS, setup.seq_len) if n <= limit}):
-                answer = estimator.at(batch, length)
-                needed, usable = needed_bytes(answer), answer.fit.usable_bytes
-                if usable is not None and needed > 1.5 * usable:
-                    break
-                found.append(Point(series=f"batch {batch}", seq_len=length, value=float(needed)))
+        return [
+            Point(series=f"batch {size}", seq_len=row.seq_len, value=float(row.needed_bytes))
+            for size in sizes
+            for row in by_length(setup, machine, micro_batch_size=size)
+        ]
     except FinefitError:
         return []
-    return found
 
 
 def _behind(found: Estimate, notes: Iterable[str]) -> list[Block | None]:
