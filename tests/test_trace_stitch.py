@@ -63,12 +63,13 @@ class Step:
         weights = [self.alloc("empty", self.size(n), n) for n in layers]
         self.phase("forward")
         before = self.alloc("embed", 11, None)
-        saved = []
+        saved, inputs = [], [before]
         for n in layers:
             scratch = self.alloc("mul", self.size(n) + 3, n)
             out = self.alloc("add", 50, n)
             saved.append(self.alloc("silu", self.size(n) * 2, n))
-            self.free(scratch, before)
+            inputs.append(self.alloc("input", 23, n))
+            self.free(scratch, *([before] if n else []))
             # made by the model itself, between its layers
             between = self.alloc("mask", 5, None)
             self.free(between)
@@ -81,10 +82,11 @@ class Step:
         for n in reversed(layers):
             below = self.alloc("mm", 17, n)
             gradients.append(self.alloc("mm", self.size(n), n))
-            self.free(gradient, saved[n], *([above] if above is not None else []))
+            # what it took from the layer below, made itself, and left over from the one above
+            self.free(inputs[n], gradient, saved[n], *([above] if above is not None else []))
             above = self.alloc("keep", 19, n)
             gradient = below
-        self.free(gradient, above, logits)
+        self.free(gradient, above, logits, inputs[-1])
         self.phase("optimizer")
         norms = [self.alloc("norm", 2, None, n) for n in layers]
         stacked = self.alloc("stack", 4 * len(self.kinds), None)
@@ -150,6 +152,7 @@ DENSE: dict[str, Any] = {
     "vocab_size": 600,
     "tie_word_embeddings": False,
 }
+GRANITE = {**DENSE, "model_type": "granite", "residual_multiplier": 0.5}
 MOE: dict[str, Any] = {
     **DENSE,
     "model_type": "qwen3_moe",
@@ -164,6 +167,7 @@ SETUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora-checkpointed": (DENSE, {"method": "lora", "grad_accum_steps": 2}),
     "full-kept": (DENSE, {"method": "full", "checkpointing": "none"}),
     "qlora-autocast": (DENSE, {"method": "qlora", "autocast": "bfloat16"}),
+    "reentrant": (GRANITE, {"method": "lora", "attention": "flash", "stack": "transformers 4.48.1"}),
     "moe-every-other-layer": (MOE, {"method": "full"}),
 }
 

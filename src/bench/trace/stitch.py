@@ -26,6 +26,10 @@ Slot = tuple[int, int]
 """A storage's number in the deeper recording, and which copy of the period it belongs to (0 outside)."""
 
 
+NUM_NEIGHBOURS = 3
+"""A step that is in one layer may drop at once what this one and those on both sides of it made."""
+
+
 class NotPeriodicError(Exception):
     """The recordings aren't made of a repeated period: only a trace of all layers will do."""
 
@@ -104,7 +108,7 @@ class _Source:
                 run.append(at)
                 continue
             owners = {self.owners[~self.events[free]] for free in run} - {None}
-            if len(owners) > self.period + 1:
+            if len(owners) > max(self.period + 1, NUM_NEIGHBOURS):
                 swept.update(run)
             run = []
         return swept

@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -233,6 +234,23 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
             # Checkpointing leaves modules by an exception once everything it needs is recomputed.
             module.register_forward_hook(self._leave(name), always_call=True)
+            if hasattr(module, "_gradient_checkpointing_func"):
+                checkpoint = self._checkpoint(name, module._gradient_checkpointing_func)
+                module._gradient_checkpointing_func = checkpoint
+
+    def _checkpoint(self, name: str, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Recomputation calls a layer's forward without the layer's hooks (transformers/modeling_layers.py)."""
+
+        def inside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self._modules.append(name)
+            try:
+                output = function(*args, **kwargs)
+                label_graph(output, name)
+                return output
+            finally:
+                self._modules.pop()
+
+        return lambda function, *args, **kwargs: checkpoint(partial(inside, function), *args, **kwargs)
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
