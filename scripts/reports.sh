@@ -3,9 +3,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 finefit accuracy evidence/memory-runs.jsonl --residuals profiles/calibration/memory-residuals.json
+traced=evidence/memory-runs-traced.jsonl
 # Written aside first: a failure leaves the report that was there.
 finefit accuracy evidence/memory-runs.jsonl --markdown --worst 20 >reports/accuracy.md.new
 mv reports/accuracy.md.new reports/accuracy.md
+finefit accuracy evidence/memory-runs.jsonl --traced $traced --markdown --worst 20 >reports/accuracy-traced.md.new
+mv reports/accuracy-traced.md.new reports/accuracy-traced.md
 python benchmarks/closed_form_report.py >reports/closed-form-vs-trace.md.new
 mv reports/closed-form-vs-trace.md.new reports/closed-form-vs-trace.md
 finefit claims --markdown >reports/claims.md.new

@@ -13,12 +13,14 @@ from planner.cli_accuracy import accuracy_command
 from planner.coverage import left_out
 from planner.errors import DataError, ProfileError
 from planner.estimate import estimate
+from planner.kept_traces import kept_predictor, read_traces
 from planner.residuals import published_runs, table_text
 from planner.units import GIB, gib
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = ROOT / "evidence" / "memory-runs.jsonl"
 TABLE = ROOT / "profiles" / "calibration" / "memory-residuals.json"
+TRACES = ROOT / "evidence" / "memory-runs-traced.jsonl"
 MODEL = {
     "model_type": "llama",
     "hidden_size": 512,
@@ -55,6 +57,14 @@ def run(path, *options):
 def evidence():
     with EVIDENCE.open("rb") as file:
         return compare(read_cases(str(EVIDENCE), file))
+
+
+@pytest.fixture(scope="module")
+def traced():
+    with TRACES.open("rb") as file:
+        predict = kept_predictor(read_traces(str(TRACES), file))
+    with EVIDENCE.open("rb") as file:
+        return compare(read_cases(str(EVIDENCE), file), predict)
 
 
 class TestReading:
@@ -180,6 +190,25 @@ class TestEvidence:
         result = run("evidence/memory-runs.jsonl", "--markdown", "--worst", "20")
         assert result.output == (ROOT / "reports" / "accuracy.md").read_text(), "run: make reports"
 
+    def test_the_committed_traced_report_is_what_the_kept_traces_say(self, monkeypatch):
+        monkeypatch.chdir(ROOT)
+        words = ("evidence/memory-runs.jsonl", "--traced", "evidence/memory-runs-traced.jsonl")
+        result = run(*words, "--markdown", "--worst", "20")
+        assert result.output == (ROOT / "reports" / "accuracy-traced.md").read_text(), "run: make reports"
+
+    def test_traces_of_dense_runs_on_one_gpu_are_within_half_a_percent(self, traced):
+        chosen = [
+            abs(one.corrected_error)
+            for one in traced
+            if one.group.method in ("lora", "full")
+            and (one.group.kernels, one.group.lengths) == ("plain", "exact")
+            and "fms-acceleration" in one.group.source
+            and one.corrected_error is not None
+        ]
+        assert len(chosen) >= 8
+        assert sum(chosen) / len(chosen) <= 0.005
+        assert max(chosen) <= 0.02
+
     def test_no_run_that_ran_out_of_memory_is_called_fits(self, evidence):
         found = outcomes((one, one.verdict) for one in evidence)
         assert found.false_fits == 0
@@ -294,6 +323,13 @@ class TestCommand:
         )
         assert "(traced)" in text
         assert "not predicted, 2: num_gpus: only one GPU's step can be traced yet: b, d" in text
+
+    def test_a_broken_line_of_kept_traces_is_named(self, tmp_path):
+        kept = tmp_path / "kept.jsonl"
+        kept.write_text(TRACES.read_text().splitlines()[0] + '\n{"key": "a", "phases": {}}\n')
+        result = run(self.file(tmp_path, case("a")), "--traced", str(kept))
+        assert isinstance(result.exception, DataError)
+        assert f"{kept}:2" in str(result.exception)
 
     def test_tracing_needs_its_extra(self, tmp_path):
         result = run(self.file(tmp_path, case("a")), "--trace")

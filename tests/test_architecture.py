@@ -86,7 +86,7 @@ LAYERS = (
     ("residuals", "pressure"),
     ("memory", "throughput", "uncertainty"),
     ("estimate",),
-    ("run_time", "places", "quality", "tactics", "sizing"),
+    ("run_time", "places", "quality", "tactics", "sizing", "kept_traces"),
     ("fitting",),
     ("search", "fits", "by_length", "accuracy", "export", "costs", "options"),
     ("needs", "facts", "render_estimate", "cli_options", "optimise", "coverage", "cost_options", "claims"),

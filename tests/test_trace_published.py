@@ -8,14 +8,24 @@ counted them.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.trace.estimate import trace_estimate
 from bench.trace.run import trace
+from planner.cases import case_fields
+from planner.catalog import find_gpu
+from planner.kept_traces import kept_predictor, read_traces
 from planner.memory import CUBLAS_HANDLES, CUBLAS_WORKSPACE_BYTES
 from planner.setup import TrainSetup
+from planner.specs import Machine
 from planner.units import gib
+
+EVIDENCE = Path(__file__).parents[1] / "evidence" / "memory-runs.jsonl"
+TRACES = EVIDENCE.with_name("memory-runs-traced.jsonl")
 
 pytestmark = pytest.mark.train
 
@@ -112,3 +122,14 @@ def test_the_trace_gives_the_published_memory(model, method, batch, peak_gib, st
 def test_fused_kernels_need_what_was_published(model, method, kernels, batch, peak_gib):
     result = trace(setup_of(model, method, batch, **kernels))
     assert gib(result.peak_bytes + WORKSPACE_BYTES) == pytest.approx(peak_gib, rel=0.0025)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fms-033", "fms-137", "fms-157"])
+def test_a_kept_trace_is_what_the_trace_says(name):
+    case = next(c for c in map(json.loads, EVIDENCE.read_bytes().splitlines()) if c["id"] == name)
+    setup = TrainSetup.from_dict({**case_fields(case), **(case.get("corrected") or {})})
+    machine = Machine(gpu=find_gpu(case["gpu"]))
+    with TRACES.open("rb") as lines:
+        kept = kept_predictor(read_traces(str(TRACES), lines))(setup, machine)
+    assert trace_estimate(setup, machine).memory == kept.memory

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     help="Write the errors as the table that intervals are set from, and print nothing else.",
 )
 @click.option("--trace", is_flag=True, help="Trace each case's real step: seconds per case.")
+@click.option(
+    "--traced",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Predict from traces kept in FILE (evidence/memory-runs-traced.jsonl) instead of tracing.",
+)
 @json_option
 @click.pass_context
 def accuracy_command(
@@ -44,6 +50,7 @@ def accuracy_command(
     markdown: bool,
     residuals: Path | None,
     trace: bool,
+    traced: Path | None,
     as_json: bool,
 ) -> None:
     """Predict every case of a file: errors, false verdicts, and how well the intervals hold.
@@ -55,7 +62,11 @@ def accuracy_command(
 
     with cases.open("rb") as lines:
         read = list(accuracy.read_cases(str(cases), lines))
-    predict = _tracer(context.ensure_object(Session), len(read)) if trace else estimate
+    predict: Answer = estimate
+    if traced is not None:
+        predict = _kept(traced)
+    elif trace:
+        predict = _tracer(context.ensure_object(Session), len(read))
     is_hidden = trace or not sys.stderr.isatty()
     with click.progressbar(read, label="cases", file=sys.stderr, hidden=is_hidden) as bar:
         compared = accuracy.compare(bar, predict)
@@ -67,7 +78,16 @@ def accuracy_command(
     elif as_json:
         _print_json(compared)
     else:
-        _print_text(compared, str(cases), worst, markdown, trace)
+        words = f"{cases} --trace" if trace else str(cases)
+        words = words if traced is None else f"{cases} --traced {traced}"
+        _print_text(compared, words, worst, markdown, "closed form" if predict is estimate else "traced")
+
+
+def _kept(path: Path) -> Answer:
+    from planner.kept_traces import kept_predictor, read_traces
+
+    with path.open("rb") as lines:
+        return kept_predictor(read_traces(str(path), lines))
 
 
 def _tracer(session: Session, num_cases: int) -> Answer:
@@ -115,14 +135,12 @@ def _print_json(compared: list[Compared]) -> None:
     click.echo(format_json(answer))
 
 
-def _print_text(compared: list[Compared], path: str, worst: int, markdown: bool, is_traced: bool) -> None:
+def _print_text(compared: list[Compared], words: str, worst: int, markdown: bool, predictor: str) -> None:
     from planner.render import terminal_width
     from planner.render_accuracy import Report
 
-    predictor = "traced" if is_traced else "closed form"
     width = None if markdown else terminal_width()
     report = Report(compared, width=width, markdown=markdown, predictor=predictor)
-    words = f"{path} --trace" if is_traced else path
     click.echo("\n\n".join(_parts(report, words, worst, markdown)))
 
 
