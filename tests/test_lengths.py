@@ -13,7 +13,7 @@ from planner.char_lengths import estimated_lengths, spread_by_length
 from planner.dataset import Message, Row
 from planner.estimate import estimate, resolve
 from planner.lengths import DataLengths
-from planner.run_length import length_by_lengths, length_by_tokens
+from planner.run_length import length_by_lengths
 from planner.run_time import forward_share, run_time
 from planner.setup import TrainSetup
 from planner.specs import Machine
@@ -84,10 +84,10 @@ MODEL = "smollm2-135m"
 MACHINE = Machine(gpu=find_gpu("rtx-4090"))
 
 
-def timed(lengths, length=None, **fields):
+def timed(lengths, tokens=None, **fields):
     setup = TrainSetup(model=MODEL, method="qlora", seq_len=512, grad_accum_steps=4, **fields)
     found = estimate(setup, MACHINE)
-    return found, run_time(setup, found.time, MACHINE, resolve(setup), lengths, length)
+    return found, run_time(setup, found.time, MACHINE, resolve(setup), lengths, tokens)
 
 
 def test_full_rows_take_the_steps_times_the_step():
@@ -117,4 +117,4 @@ def test_a_sample_makes_a_range_and_no_data_no_hours():
     assert length.low_steps < length.high_steps
     assert timed(None)[1] is None
     assert timed(None, max_steps=7)[1].length.high_steps == 7
-    assert timed(None, length_by_tokens(setup, 51_200))[1].length.high_steps == 100
+    assert timed(None, 51_200)[1].length.high_steps == 25

@@ -186,14 +186,14 @@ def test_verdicts_that_are_shared_are_those_that_are_computed(rung: object, orde
 def test_the_front_holds_what_nothing_beats_and_the_goals_are_on_it() -> None:
     found = {goal: optimise(question(goal=goal)) for goal in GOALS if goal != "longest-context"}
     front = found["fastest"].front
-    points = [(o.wall_s.middle, o.money.middle, o.quality, o.tier > 0) for o in front]  # type: ignore[union-attr]
+    points = [(o.wall_s.middle, o.money.middle, o.quality, o.doubts) for o in front]  # type: ignore[union-attr]
     for one, other in itertools.permutations(points, 2):
         assert not all(a <= b for a, b in zip(one, other, strict=True))
     assert pareto(front) == front
     fastest = found["fastest"].chosen
     assert fastest.wall_s.middle == min(point[0] for point in points)  # type: ignore[union-attr]
     assert found["best-quality"].chosen.quality == min(point[2] for point in points)
-    dated = [o.money.middle for o in found["cheapest"].front if o.tier == 0]  # type: ignore[union-attr]
+    dated = [o.money.middle for o in found["cheapest"].front if o.doubts == 0]  # type: ignore[union-attr]
     assert found["cheapest"].chosen.money.middle == min(dated)  # type: ignore[union-attr]
 
 
@@ -201,6 +201,21 @@ def test_an_undated_price_never_wins_over_a_dated_one() -> None:
     found = optimise(question())
     assert found.chosen.tier == 0
     assert any(option.tier > 0 for option in found.front), "but it is shown"
+
+
+def test_what_needs_an_unknown_hosts_memory_comes_last() -> None:
+    """Full fine-tuning would be the best quality, but only offloaded; with a host that is known to be large it is."""
+    small = machine(2.5)
+    assert (
+        optimise(question(places=owned([small]), goal="best-quality")).chosen.estimate.setup.offload == "none"
+    )
+    tiny = replace(machine(1.0), host_bytes=64 * GIB)
+    assert (
+        optimise(question(places=owned([tiny]), goal="best-quality")).chosen.estimate.setup.offload != "none"
+    )
+    poor = replace(machine(1.0), host_bytes=GIB // 8)
+    with pytest.raises(DoesNotFitError):
+        optimise(question(places=owned([poor]), wishes={"model": CONFIG, "offload": "params+optimizer"}))
 
 
 def test_limits_hold_and_what_breaks_them_says_by_how_much() -> None:

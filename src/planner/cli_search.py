@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from planner.optimise import Question
     from planner.options import Limits, Outcome
     from planner.places import Place
-    from planner.run_length import RunLength
     from planner.specs import Machine, ModelSpec
 
 GOALS = ("fastest", "cheapest", "longest-context", "best-quality")
@@ -210,7 +208,7 @@ class _Job:
         )
         setup = found.estimate.setup
         write_plan(Path(out), setup, _label(machine), summarise(found.estimate), force=force)
-        run = run_time(setup, found.estimate.time, machine, self.model, self.lengths, self._length())
+        run = run_time(setup, found.estimate.time, machine, self.model, self.lengths, self.asked.tokens)
         if self.as_json:
             click.echo(format_json({**found.to_json(), "run": run and run.to_json()}))
         else:
@@ -258,12 +256,12 @@ class _Job:
                 currency=currency, is_owned=True, tariff=tariff(WORLD, known.rates, currency, SECTORS[False])
             ),
             lengths=self.lengths,
-            length=self._length(),
+            tokens=self.asked.tokens,
             global_batch=self.asked.global_batch_size,
         )
 
     def _check_length(self, limits: Limits) -> None:
-        knows_length = self.lengths is not None or self._length() is not None or "max_steps" in self.wishes
+        knows_length = self.lengths is not None or self.asked.tokens is not None or "max_steps" in self.wishes
         needs_length = limits.words or self.asked.goal == "cheapest"
         if needs_length and not knows_length:
             raise UsageError(
@@ -292,16 +290,6 @@ class _Job:
 
     def _machine(self, gpu: str, fields: dict[str, Any]) -> Machine:
         return resolve_machine(self.session, gpu, fields)
-
-    def _length(self) -> RunLength | None:
-        """From --tokens, at the length and batch that is usual where nothing is asked for."""
-        from planner.run_length import length_by_tokens
-        from planner.setup import TrainSetup
-
-        if self.asked.tokens is None:
-            return None
-        known: Mapping[str, Any] = {k: self.wishes[k] for k in ("seq_len",) if k in self.wishes}
-        return length_by_tokens(TrainSetup(**known, micro_batch_size=1), self.asked.tokens)
 
 
 def _label(machine: Machine) -> str:

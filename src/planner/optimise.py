@@ -24,7 +24,6 @@ from planner.places import Place
 from planner.price_book import PriceBook
 from planner.quality import RUNGS, Quality, Rung, filling_rank, rungs
 from planner.recipes import attention_for, describe_rates, rates_for
-from planner.run_length import RunLength
 from planner.run_time import RunTime, run_time
 from planner.search import LENGTH_STEP, batch_shape
 from planner.setup import TrainSetup
@@ -41,7 +40,7 @@ MAX_CONTEXT = 131_072
 class Question:
     """What is asked: TrainSetup fields that hold, machines, a goal and its limits, and what is known of data and money.
 
-    `length` says how long the run is where neither the wishes nor `lengths` do.
+    `tokens` (in full sequences, all epochs) say how long the run is where neither the wishes nor `lengths` do.
     """
 
     wishes: Mapping[str, Any]
@@ -54,7 +53,7 @@ class Question:
     limits: Limits = field(default_factory=Limits)
     money: CostWishes = field(default_factory=CostWishes)
     lengths: DataLengths | None = None
-    length: RunLength | None = None
+    tokens: float | None = None
     global_batch: int | None = None
 
 
@@ -148,7 +147,7 @@ class _Search:
     def _priced(self, found: Fitted, place: Place) -> Iterator[Option]:
         question, setup = self.question, found.estimate.setup
         run = run_time(
-            setup, found.estimate.time, found.machine, self.model, question.lengths, question.length
+            setup, found.estimate.time, found.machine, self.model, question.lengths, question.tokens
         )
         seconds = _seconds(found, run)
         quality = Quality.of(setup, found.rung, found.shape.lost_share, self.rank)
@@ -291,11 +290,14 @@ def describe_batch(setup: TrainSetup, lengths: DataLengths | None) -> str:
 
 
 def _notes(question: Question, options: Sequence[Option]) -> Iterator[str]:
-    if question.length is None and question.lengths is None and "max_steps" not in question.wishes:
+    if question.tokens is None and question.lengths is None and "max_steps" not in question.wishes:
         yield "no data and no --tokens: times are for a million token positions, and no cost of a run is known"
     old = sum(option.tier > 0 for option in options)
     if old:
         yield f"{old} of {len(options)} options have a price that is old, undated or recalled; dated ones come first"
     unknown = sum(option.wall_s is None for option in options)
     if unknown:
-        yield f"of {unknown} options no time is known; they are on no front"
+        yield f"no time is known of {unknown} of {len(options)} options; the others come before them"
+    offloaded = sum(option.relies_on_host for option in options)
+    if offloaded:
+        yield f"{offloaded} options need host memory that nothing says the machine has; those that need none come first"

@@ -49,6 +49,16 @@ class Option:
         return None if self.own is None else self.own.electricity
 
     @property
+    def relies_on_host(self) -> bool:
+        """Whether it offloads to host memory of which nobody says how much there is."""
+        return self.estimate.setup.offload != "none" and self.machine.host_bytes is None
+
+    @property
+    def doubts(self) -> int:
+        """What it takes on trust: an old or undated price, and memory of the host."""
+        return (self.tier > 0) + 2 * self.relies_on_host
+
+    @property
     def where(self) -> str:
         """The machine and who rents it out."""
         if self.offer is None:
@@ -70,6 +80,8 @@ class Option:
             "cost": self.money and self.money.to_json(),
             "cost_is_lower_bound": bool(self.rent and self.rent.total and self.rent.unknown),
             "quality": asdict(self.quality),
+            "host_bytes": self.estimate.memory.host_bytes,
+            "relies_on_host": self.relies_on_host,
             "setup": self.estimate.setup.to_dict(),
         }
 
@@ -201,12 +213,14 @@ def _cost(option: Option) -> float:
 Key = Callable[[Option], tuple[Any, ...]]
 
 GOALS: Mapping[str, Key] = {
-    "fastest": lambda o: (_time(o), _cost(o), o.quality),
-    "cheapest": lambda o: (o.tier > 0, _cost(o), _time(o), o.quality),
-    "best-quality": lambda o: (o.quality, o.tier > 0, _cost(o), _time(o)),
-    "longest-context": lambda o: (-o.estimate.setup.seq_len, o.tier > 0, o.quality, _cost(o), _time(o)),
+    "fastest": lambda o: (o.relies_on_host, _time(o), _cost(o), o.quality),
+    "cheapest": lambda o: (o.doubts, _cost(o), _time(o), o.quality),
+    "best-quality": lambda o: (o.relies_on_host, o.quality, o.doubts, _cost(o), _time(o)),
+    "longest-context": lambda o: (o.relies_on_host, -_length(o), o.doubts, o.quality, _cost(o), _time(o)),
 }
-"""What comes first; the least is best. A price that is old, undated or recalled comes after every dated one."""
+"""What comes first; the least is best. A price that is old, undated or recalled comes after every dated one, and what
+needs an unknown host's memory after all that doesn't.
+"""
 
 
 def best(options: Sequence[Option], goal: str) -> Option:
@@ -224,15 +238,15 @@ def best(options: Sequence[Option], goal: str) -> Option:
 def pareto(options: Iterable[Option], *, with_length: bool = False) -> tuple[Option, ...]:
     """Those that no other beats or equals in time, cost and quality together (and length, where that is asked for).
 
-    What isn't known counts as worse than what is, and an old or undated price beats no dated one.
+    What isn't known counts as worse than what is, and what is taken on trust beats nothing that isn't.
     """
-    ranked = sorted(options, key=lambda o: (_time(o), _cost(o), o.quality, o.tier > 0, -_length(o)))
+    ranked = sorted(options, key=lambda o: (_time(o), _cost(o), o.quality, o.doubts, -_length(o)))
     front: list[Option] = []
     for option in ranked:
         is_beaten = any(
             _cost(other) <= _cost(option)
             and other.quality <= option.quality
-            and (other.tier > 0) <= (option.tier > 0)
+            and other.doubts <= option.doubts
             and (not with_length or _length(other) >= _length(option))
             for other in front
         )

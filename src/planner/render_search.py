@@ -9,7 +9,7 @@ from planner.render import Column, format_facts, format_table, paint, wrap
 from planner.render_estimate import format_answer
 from planner.render_run import describe_span, format_run
 from planner.results import Plan
-from planner.units import format_duration
+from planner.units import format_bytes, format_duration
 
 SHOWN_OF_FRONT = 12
 SHOWN_OUT = 10
@@ -87,6 +87,8 @@ def _describe_quality(option: Option) -> str:
     parts = [option.rung.name, f"{option.estimate.setup.seq_len} tokens"]
     if option.estimate.setup.uses_adapters:
         parts.append(f"rank {option.estimate.setup.rank}")
+    if option.relies_on_host:
+        parts.append(f"{format_bytes(option.estimate.memory.host_bytes)} of host memory")
     if option.quality.lost_share:
         parts.append(f"{100 * option.quality.lost_share:.2g} % of the tokens cut off")
     return ", ".join(parts)

@@ -14,7 +14,7 @@ from planner.inventory import take_inventory
 from planner.lengths import DataLengths
 from planner.methods import find_method
 from planner.results import Time
-from planner.run_length import RunLength, held_out_rows, length_by_lengths, length_by_plan
+from planner.run_length import RunLength, held_out_rows, length_by_lengths, length_by_plan, length_by_tokens
 from planner.setup import TrainSetup
 from planner.specs import Machine, ModelSpec
 from planner.throughput import step_time
@@ -91,15 +91,15 @@ def run_time(
     machine: Machine,
     model: ModelSpec,
     lengths: DataLengths | None,
-    length: RunLength | None = None,
+    tokens: float | None = None,
 ) -> RunTime | None:
     """The whole run of a setup whose full steps take `time`; None where nothing says how many steps it has.
 
-    `length` is taken where neither the plan nor the data says it.
+    `tokens` in full sequences are taken where neither the plan nor the data says how long it is.
     """
     if lengths is not None and setup.objective == "pretrain":
         lengths = lengths.cut(setup.seq_len)
-    found = length_by_lengths(setup, lengths) if lengths is not None else length_by_plan(setup) or length
+    found = _length(setup, lengths, tokens)
     if found is None:
         return None
     positions = positions_per_row(setup, lengths)
@@ -116,6 +116,13 @@ def run_time(
         save_s=_save_seconds(setup, model, found),
         lengths_source=None if lengths is None else lengths.source,
     )
+
+
+def _length(setup: TrainSetup, lengths: DataLengths | None, tokens: float | None) -> RunLength | None:
+    if lengths is not None:
+        return length_by_lengths(setup, lengths)
+    planned = length_by_plan(setup)
+    return length_by_tokens(setup, tokens) if planned is None and tokens is not None else planned
 
 
 def positions_per_row(setup: TrainSetup, lengths: DataLengths | None) -> float:
