@@ -76,6 +76,27 @@ def _make(config: Mapping[str, Any], **options: Any) -> Architecture:
 
 FULL_LOSS = {"loss": ("full",)}
 UNPACKED = {"packing": (False,)}
+T5 = {
+    "model_type": "t5",
+    "d_model": 768,
+    "d_kv": 64,
+    "num_heads": 12,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "vocab_size": 16384,
+}
+BART = {
+    "model_type": "bart",
+    "d_model": 768,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 12,
+    "decoder_attention_heads": 12,
+    "encoder_ffn_dim": 3072,
+    "decoder_ffn_dim": 3072,
+    "vocab_size": 16384,
+    "max_position_embeddings": 1024,
+}
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _make(_decoder("llama", tie_word_embeddings=False)),
     "llama-tied-biased": _make(
@@ -180,5 +201,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_modules=("query", "key", "value"),
         max_length=1024,
         only={**FULL_LOSS, **UNPACKED},
+    ),
+    "t5-gated": _make(
+        {**T5, "d_ff": 2048, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        objective="seq2seq",
+        attention_modules=("q", "k", "v", "o"),
+        max_length=4096,
+        only={"attention": ("sdpa", "eager"), **UNPACKED},
+    ),
+    "bart": _make(
+        BART,
+        objective="seq2seq",
+        attention_modules=("q_proj", "k_proj", "v_proj", "out_proj"),
+        max_length=1024,
+        only=UNPACKED,
     ),
 }

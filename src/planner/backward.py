@@ -43,6 +43,12 @@ class Backward:
         self._saved = tuple(saved)
         self._gradients: dict[int, _Gradient] = {}
 
+    def begin(self, tensors: Sequence[Tensor]) -> None:
+        """Tensors that have a gradient before the first operation, from later blocks."""
+        for tensor in tensors:
+            self._gradients[id(tensor)] = gradient = self._allocate(tensor)
+            gradient.num_owners = 1
+
     def run(self) -> None:
         """From the last operation to the first."""
         output = self.operations[-1].output

@@ -7,6 +7,7 @@ evenly loaded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from planner import kernels
@@ -15,6 +16,7 @@ from planner.pointwise import CLAMPED_SILU, activation
 from planner.specs import LayerSpec, Matrix
 from planner.tape import FULL_WIDTH, ZERO, BlockMemory, Size, Snapshot, Tensor, add, per_token, scale
 
+Part = Callable[[Tensor, LayerSpec, int], Tensor]
 INDEX_WIDTH = 8
 """Bytes of an int64."""
 
@@ -46,7 +48,7 @@ class Block(Linears):
             return self._parallel(stream, layer, hidden_size)
         if layer.wiring == "post":
             return self._post(stream, layer, hidden_size)
-        for part in (self.attention, self.feed_forward):
+        for part in self.parts(layer):
             hidden = stream
             if layer.wiring != "reordered":
                 hidden = self.norm(hidden, hidden_size, layer.norm)
@@ -56,9 +58,13 @@ class Block(Linears):
             stream = self.residual(stream, hidden, hidden_size)
         return stream
 
+    def parts(self, layer: LayerSpec) -> tuple[Part, ...]:
+        """What is added to the stream, one after the other."""
+        return self.attention, self.feed_forward
+
     def _post(self, stream: Tensor, layer: LayerSpec, hidden_size: int) -> Tensor:
         """Each part's sum with the stream is normed."""
-        for part in (self.attention, self.feed_forward):
+        for part in self.parts(layer):
             summed = self.residual(stream, part(stream, layer, hidden_size), hidden_size)
             stream = self.norm(summed, hidden_size, layer.norm)
         return stream
@@ -288,7 +294,7 @@ class Block(Linears):
         inner = down.in_features * share
         if "gate" not in roles and "gate_up" not in roles:
             hidden = self.linear(x, roles["up"], share)
-            return self.linear(self._activation(hidden, inner, layer), down, share)
+            return self._down(self._activation(hidden, inner, layer), down, layer, share)
         joint = roles.get("gate_up")
         gate = self.linear(x, joint or roles["gate"], share)
         if joint:
@@ -297,7 +303,10 @@ class Block(Linears):
         active = gate if self.recipe.fused_mlp else self._activation(gate, inner, layer)
         up = self._raised(up, inner, layer) if joint else self.linear(x, roles["up"], share)
         product = self.tape.run([active, up], per_token(gate.width * inner), gate.width, saves=[active, up])
-        return self.linear(product, down, share)
+        return self._down(product, down, layer, share)
+
+    def _down(self, x: Tensor, down: Matrix, layer: LayerSpec, share: float) -> Tensor:
+        return self.linear(self.dropped(x) if layer.inner_dropout else x, down, share)
 
     def _raised(self, up: Tensor, num_elements: float, layer: LayerSpec) -> Tensor:
         """gpt-oss clamps the other half, too, and adds one to it."""

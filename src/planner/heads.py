@@ -18,7 +18,7 @@ class LossBytes:
     With all of them at once (`chunk_tokens` 0), they are cast to float32: `shift_copy` then slices and copies them
     (transformers before the labels were padded instead); `keeps_16bit` and `keeps_input`: the model's forward
     still holds the 16-bit logits, or the head's input, while the loss runs; `in_place_grad`: a fused cross-entropy
-    writes the gradient over the float32 logits; `scaled`: logits are multiplied once; `capped`: by a tanh.
+    writes the gradient over the float32 logits; `scaled`: logits are multiplied once; `shifted`: something is added to them; `capped`: by a tanh.
     `ends_at_logits`: the forward only. Chunk by chunk: `chunk_tokens` at a time; `widens`: with a float32 copy of a
     chunk's 16-bit logits, `num_slopes` float32 tensors like it beside; `evaluates`: without gradients.
     """
@@ -28,6 +28,7 @@ class LossBytes:
     keeps_input: bool = False
     in_place_grad: bool = False
     scaled: bool = False
+    shifted: bool = False
     capped: bool = False
     ends_at_logits: bool = False
     chunk_tokens: int = 0
@@ -56,6 +57,8 @@ class _Head(Linears):
 
     def transformed(self, stream: Tensor, model: ModelSpec, norm: str) -> Tensor:
         """What the head reads: behind the final norm, or a masked-language model's linear, activation and norm."""
+        if model.architecture == "encoder-decoder":
+            return self._after_two_stacks(stream, model, norm)
         if model.architecture != "encoder":
             return self.norm(stream, model.hidden_size, norm)
         for matrix in model.outside:
@@ -65,11 +68,26 @@ class _Head(Linears):
             )
         return self.norm(stream, model.hidden_size, norm) if model.outside else stream
 
+    def _after_two_stacks(self, stream: Tensor, model: ModelSpec, norm: str) -> Tensor:
+        """Behind the decoder's final norm and dropout, multiplied where head and embeddings are one."""
+        if model.final_norm:
+            stream = self.norm(stream, model.hidden_size, norm)
+            if model.layers[-1].dropout:
+                stream = self.dropped(stream)
+        if model.scales_output:
+            stream = self.tape.run([stream], stream.gradient, stream.width)
+        return stream
+
     def loss(self, hidden: Tensor, head: Matrix, kind: LossBytes) -> None:
         """Head product, float32 copy, log-softmax, negative log-likelihood."""
         wide = per_token(FULL_WIDTH * head.out_features)
         first = logits = self.product(hidden, head, 1.0, LOGITS)
         narrow, width = logits.size, logits.width
+        if kind.shifted:
+            # A buffer in the weights' dtype.
+            width = max(width, self.recipe.weight)
+            narrow = per_token(width * head.out_features)
+            first = logits = self.tape.run([logits], narrow, width, category=LOGITS, shares_grad=True)
         if kind.scaled:
             first = logits = self.tape.run([logits], narrow, width, category=LOGITS)
         if kind.capped:

@@ -63,6 +63,11 @@ def model_spec(
         norms_embeddings=fam["norms_embeddings"],
         returns_weights=fam["returns_weights"],
         makes_both_masks=fam["makes_both_masks"],
+        final_norm=fam["final_norm"],
+        scales_output=bool(dims.evaluate(fam["scales_output_if"])),
+        scales_embeddings=fam["scales_embeddings"],
+        adds_positions=fam["adds_positions"],
+        shifts_logits=fam["shifts_logits"] and objective != "seq-cls",
         embedding_params=dims.evaluate(fam["embeddings"]),
         token_embedding_params=dims.evaluate(fam["token_embeddings"]),
         head=_head(fam["head"], dims),
@@ -240,6 +245,8 @@ def _layer(
         rotary=fam["rotary_kind"],
         dropout=any(_given(fam, dims.config, key) for key in fam["dropout_keys"]),
         attention_dropout=any(_given(fam, dims.config, key) for key in fam["attention_dropout_keys"]),
+        inner_dropout=any(_given(fam, dims.config, key) for key in fam["inner_dropout_keys"]),
+        position_bias=fam["position_bias"],
         hands_over_groups=fam["hands_over_groups"],
         always_masked=fam["always_masked"],
         norm=fam["norm"],
@@ -261,7 +268,11 @@ def _given(fam: Family, config: Mapping[str, Any], key: str) -> Any:
 
 def _activation(fam: Family, dims: Dimensions) -> str:
     name = _text(dims.config, *fam["activation_keys"]) or str(fam["activation"])
-    return name.removeprefix("gated-")
+    return _ACTIVATIONS.get(name, name.removeprefix("gated-"))
+
+
+_ACTIVATIONS = {"gated-gelu": "gelu_new"}
+"""What T5's config calls an activation, where it isn't what transformers takes (models/t5/configuration_t5.py)."""
 
 
 def _blocks(fam: Family, kind: _Kind, part: str) -> list[Mapping[str, Any]]:

@@ -58,7 +58,7 @@ def flash(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpe
     temp = FULL_WIDTH * heads * (_accumulated(layer.head_dim) + 1)
     if layer.num_kv_heads != heads:
         temp += query.width * heads * (layer.head_dim + layer.value_head_dim)
-    return _saving_all(tape, (query, key, value), layer, per_token(temp))
+    return saving_all(tape, (query, key, value), layer, per_token(temp))
 
 
 def _accumulated(head_dim: int) -> int:
@@ -69,7 +69,7 @@ def _accumulated(head_dim: int) -> int:
 
 def on_cpu(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision) -> Tensor:
     """The CPU's flash attention: the same tensors are saved, nothing is held beside them."""
-    return _saving_all(tape, (query, key, value), layer, ZERO)
+    return saving_all(tape, (query, key, value), layer, ZERO)
 
 
 def efficient(
@@ -77,7 +77,7 @@ def efficient(
 ) -> Tensor:
     """The memory-efficient kernel; in 16 bits its backward holds a float32 query gradient."""
     key, value = repeated(tape, key, value, layer)
-    return _saving_all(tape, (query, key, value), layer, _efficient_temp(layer, query.width))
+    return saving_all(tape, (query, key, value), layer, efficient_temp(layer, query.width))
 
 
 def masked_efficient(
@@ -86,7 +86,7 @@ def masked_efficient(
     """The same with a mask, which becomes an additive one of its own in each layer (attention.cpp)."""
     key, value = repeated(tape, key, value, layer)
     mask = tape.run([], per_pair(query.width), query.width)
-    return _saving_all(tape, (query, key, value, mask), layer, _efficient_temp(layer, query.width))
+    return saving_all(tape, (query, key, value, mask), layer, efficient_temp(layer, query.width))
 
 
 def plain_products(
@@ -218,6 +218,26 @@ def falcon_eager(
         wide = tape.run([masked], _scores(layer, out), out)
     weights = tape.run([wide], _scores(layer, out), out, saves_output=True)
     tape.hold(masked, scores)
+    return _context(tape, weights, value, layer, how, held)
+
+
+def biased_eager(
+    tape: Tape,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: LayerSpec,
+    how: Precision,
+    bias: Tensor,
+) -> Tensor:
+    """T5's: a learned bias is added to the scores before the mask, and the softmax is in their own dtype."""
+    held = query, key, value
+    scaled = _scaled(tape, *_operands(tape, (query, key), layer, how), layer)
+    width = max(scaled.width, bias.width)
+    # The bias' gradient is the scores' summed over rows.
+    biased = tape.run([scaled, bias], _scores(layer, width), width, shares_grad=True)
+    masked = _masked(tape, biased, layer, how) if layer.causal else biased
+    weights = _own_softmax(tape, masked, layer, value.width, how)
     return _context(tape, weights, value, layer, how, held)
 
 
@@ -354,12 +374,13 @@ def _scores(layer: LayerSpec, width: int) -> Size:
     return per_pair(width * layer.num_heads)
 
 
-def _efficient_temp(layer: LayerSpec, width: int) -> Size:
+def efficient_temp(layer: LayerSpec, width: int) -> Size:
+    """What the memory-efficient kernel's backward holds: row sums, and in 16 bits a float32 query gradient."""
     accumulator = layer.head_dim if width < FULL_WIDTH else 0
     return per_token(FULL_WIDTH * layer.num_heads * (1 + accumulator))
 
 
-def _saving_all(tape: Tape, inputs: tuple[Tensor, ...], layer: LayerSpec, grad_temp: Size) -> Tensor:
+def saving_all(tape: Tape, inputs: tuple[Tensor, ...], layer: LayerSpec, grad_temp: Size) -> Tensor:
     """Everything that goes in is saved, and the output with a float32 log-sum per head and token."""
     width = inputs[0].width
     out = per_token(width * layer.num_heads * layer.value_head_dim + FULL_WIDTH * layer.num_heads)

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 
 from planner.shapes import Shape, Terms
 from planner.sizes import sum_of
-from planner.tape import CATEGORIES, BlockMemory, Size, Snapshot, scale
+from planner.tape import CATEGORIES, ZERO, BlockMemory, Size, Snapshot, scale
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """Some of the layers, and the sums of what they hold.
 
-    `inputs` are those that outlive the forward. The sizes are sums of BlockMemory's, `kept` of all categories.
+    `num_plain` of them are never recomputed. `inputs` are those that outlive the forward; `saved` is what outlives it of
+    layers that aren't recomputed; `handed_on` what they gave to later checkpoints. The sizes are sums of BlockMemory's, `kept` of all categories.
     """
 
     num_layers: int
+    num_plain: int
     inputs: Size
+    handed_on: Size
     saved: Snapshot
     kept: Size
     cached: Size
@@ -45,6 +48,8 @@ class Layering:
     order: tuple[int, ...]
     spots: tuple[Spot, ...]
     whole: Group
+    plain: frozenset[int] = frozenset()
+    keeps_source: bool = False
 
     @property
     def output_width(self) -> int:
@@ -52,10 +57,16 @@ class Layering:
         return self.memories[self.order[-1]].output_width
 
 
-def lay(memories: Sequence[BlockMemory], order: Sequence[int], *, stores_inputs: bool) -> Layering:
+def lay(
+    memories: Sequence[BlockMemory],
+    order: Sequence[int],
+    *,
+    stores_inputs: bool,
+    plain: frozenset[int] = frozenset(),
+) -> Layering:
     """The layers with their spots: of each memory the first and the last layer, where its peaks are highest.
 
-    `stores_inputs`: checkpoints keep each layer's input, be it saved or not.
+    `stores_inputs`: checkpoints keep each layer's input, be it saved or not, and recompute it; all but `plain` ones.
 
     In between, what is stored before shrinks and gradients grow linearly with the layers.
     """
@@ -66,21 +77,28 @@ def lay(memories: Sequence[BlockMemory], order: Sequence[int], *, stores_inputs:
         last[number] = position
 
     def group(numbers: Iterable[int]) -> Group:
-        return _group(memories, Counter(numbers), stores_inputs=stores_inputs)
+        return _group(memories, Counter(numbers), stores_inputs=stores_inputs, plain=plain)
 
     spots = tuple(
         Spot(order[p], group([order[p]]), group(order[:p]), group(order[: p + 1]), group(order[p + 1 :]))
         for p in sorted({*first.values(), *last.values()})
     )
-    return Layering(tuple(memories), tuple(order), spots, group(order))
+    return Layering(tuple(memories), tuple(order), spots, group(order), plain)
 
 
-def _group(memories: Sequence[BlockMemory], counts: Counter[int], *, stores_inputs: bool) -> Group:
+def _group(
+    memories: Sequence[BlockMemory], counts: Counter[int], *, stores_inputs: bool, plain: frozenset[int]
+) -> Group:
     layers = [(memories[number], count) for number, count in counts.items()]
-    saved = tuple(sum_of(scale(m.saved[i], n) for m, n in layers) for i in range(len(CATEGORIES)))
+    stored = [(memories[k], n) for k, n in counts.items() if k in plain or not stores_inputs]
+    inputs = [(memories[k], n) for k, n in counts.items() if stores_inputs and k not in plain]
+    inputs += [(m, n) for m, n in stored if m.saves_input]
+    saved = tuple(sum_of(scale(m.saved[i], n) for m, n in stored) for i in range(len(CATEGORIES)))
     return Group(
         num_layers=counts.total(),
-        inputs=sum_of(scale(m.input, n) for m, n in layers if stores_inputs or m.saves_input),
+        num_plain=sum(counts[k] for k in plain),
+        inputs=sum_of(scale(m.input, n) for m, n in inputs),
+        handed_on=sum_of(scale(m.handed_on, n) for m, n in layers) if stores_inputs else ZERO,
         saved=(saved[0], saved[1], saved[2], saved[3]),
         kept=sum_of(scale(size, n) for m, n in layers for size in m.kept),
         cached=sum_of(scale(m.cached, n) for m, n in layers),

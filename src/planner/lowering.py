@@ -107,13 +107,14 @@ def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, e
         keeps_16bit=not (is_old and (has_own_loss or stack.widens_first)),
         in_place_grad=setup.kernels == "fused",
         scaled=has_own_loss,
+        shifted=model.shifts_logits,
         capped=model.logit_softcap,
     )
 
 
 @functools.cache
 def _all_logits(
-    *, is_old: bool, keeps_16bit: bool, in_place_grad: bool, scaled: bool, capped: bool
+    *, is_old: bool, keeps_16bit: bool, in_place_grad: bool, scaled: bool, shifted: bool, capped: bool
 ) -> LossBytes:
     return LossBytes(
         shift_copy=is_old,
@@ -121,6 +122,7 @@ def _all_logits(
         keeps_input=is_old,
         in_place_grad=in_place_grad,
         scaled=scaled,
+        shifted=shifted,
         capped=capped,
     )
 

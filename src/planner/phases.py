@@ -9,6 +9,7 @@ from planner.layering import Group, Spot, by_category
 from planner.rank import Run
 from planner.shapes import Shape, Terms
 from planner.sharding import Copy
+from planner.sizes import add
 
 INDEX_BYTES = 8
 """Token ids, labels and positions are int64."""
@@ -70,11 +71,10 @@ class Step:
     def _stored(self, group: Group) -> Terms:
         """What those layers keep between their forward and their backward, beside what the whole step holds."""
         kept = {"activations": 0.0, "logits": 0.0, "workspace": 0.0, "gradients": self.held_grads}
-        if not self.is_checkpointed:
-            saved = by_category(group.saved, self.shape)
-            for name, value in saved.items():
-                kept[name] += value * self.layer_share
+        for name, value in by_category(group.saved, self.shape).items():
+            kept[name] += value * self.layer_share
         kept["activations"] += self.shape.at(group.inputs) * self.layer_share + self._held_through()
+        kept["activations"] += self.shape.at(group.handed_on)
         return kept
 
     def _held_through(self) -> Any:
@@ -132,15 +132,39 @@ class Step:
         memory = self.layering.memories[spot.number]
         exchange = {"workspace": self.run.buffers.forward}
         escaped = self._escaped(spot.before)
-        if self.is_checkpointed:
+        if self._is_recomputed(spot):
             copies = {"workspace": self._cached(spot.before) + self._returned(spot)}
             own = self.shape.peak(memory.no_grad)
-            return self._plus(self._stored(spot.until), escaped, copies, exchange, own)
+            held = {"activations": self._held_outside(spot, self.shape) - self.shape.at(spot.own.handed_on)}
+            return self._plus(self._stored(spot.until), escaped, copies, exchange, held, own)
         own = self.shape.peak(memory.forward)
         return self._plus(self._stored(spot.before), escaped, self._forward_variables(spot), exchange, own)
 
+    def _saves_input(self, spot: Spot) -> bool:
+        return self.layering.memories[spot.number].saves_input
+
+    def _held_outside(self, spot: Spot, shape: Shape, *, evaluates: bool = False) -> Any:
+        """What an encoder-decoder's stacks hold during their forward, beside a layer's input and what is saved."""
+        if spot.number in self.layering.plain or not self.layering.plain:
+            return 0.0
+        is_decoder = spot.before.num_plain > 1
+        held = self.run.stack_variables(is_decoder, drops=not evaluates)
+        if is_decoder and (evaluates or not self.layering.keeps_source):
+            held = add(held, self.run.source(self.width))
+        is_stored = self.is_checkpointed and not evaluates
+        if spot.before.num_layers > 1 and not is_stored:
+            held = add(held, self.run.handed_on(is_decoder))
+        return shape.at(held)
+
+    def _is_recomputed(self, spot: Spot) -> bool:
+        return self.is_checkpointed and spot.number not in self.layering.plain
+
     def _forward_variables(self, spot: Spot) -> Terms:
         """The model's forward holds the embeddings' output, a layer its own input, and both the masks."""
+        if self.layering.plain:
+            mask = self.mask if spot.before.num_plain > 1 else 0.0
+            own = 0.0 if spot.before.num_plain == 0 or self._saves_input(spot) else self.stream
+            return {"activations": mask + own + self._held_outside(spot, self.shape)}
         streams = 2 if spot.before.num_layers else 1
         memories = self.layering.memories
         first = self.layering.order[0]
@@ -164,7 +188,8 @@ class Step:
         candidates = [self._plus(self.stored, escaped, exchange, head)]
         candidates += [self._layer_backward(spot) for spot in self.layering.spots]
         candidates += [self._copying(copy) for copy in self.run.buffers.copies if "layer" in copy.moment]
-        candidates.append(self._embedding_backward())
+        if not self.layering.plain:
+            candidates.append(self._embedding_backward())
         return self.shape.highest([*candidates, *self._reductions()])
 
     def _reductions(self) -> list[Terms]:
@@ -212,7 +237,7 @@ class Step:
 
     def _layer_backward(self, spot: Spot) -> Terms:
         memory = self.layering.memories[spot.number]
-        peaks = memory.recompute if self.is_checkpointed else memory.backward
+        peaks = memory.recompute if self._is_recomputed(spot) else memory.backward
         buffers = self.run.buffers
         held = buffers.first_layer_backward if spot.after.num_layers else buffers.last_layer_backward
         exchange = {"workspace": held}
@@ -321,7 +346,9 @@ class Step:
         held = inputs + mask + run.rotary(shape)
         layering = run.layering(shape, evaluates=True)
         for spot in layering.spots:
-            own = {"activations": held + (2 if spot.before.num_layers else 1) * stream}
+            streams = 2 if spot.before.num_layers and not self.layering.plain else 1
+            outside = self._held_outside(spot, shape, evaluates=True)
+            own = {"activations": held + streams * stream + outside}
             returned = run.returned(shape) if spot.before.num_layers else 0.0
             copies = {"workspace": self._cached(spot.before) + run.buffers.eval + returned}
             peak = shape.peak(layering.memories[spot.number].no_grad)

@@ -62,6 +62,16 @@ def _wide_rms_norm(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
     return cast(tape, out, x.width, norm.num_elements)
 
 
+def _t5_norm(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
+    """T5's: the variance in float32, of a copy; what is multiplied by it is the input itself."""
+    full, wide = cast(tape, x, FULL_WIDTH, norm.num_elements), norm.size(FULL_WIDTH)
+    thrice = norm.size(3 * FULL_WIDTH)
+    scale = tape.run([full], norm.statistic(), FULL_WIDTH, saves=[full], temp=wide, grad_temp=thrice)
+    normed = tape.run([x, scale], wide, FULL_WIDTH, saves=[x, scale], grad_temp=wide)
+    narrow = cast(tape, normed, norm.weight_width, norm.num_elements)
+    return _weighted(norm, tape, narrow, norm.weight_width)
+
+
 def _rms_normed(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
     """The square's backward holds three tensors: the mean's gradient, the power below, and its multiple."""
     full, wide = cast(tape, x, FULL_WIDTH, norm.num_elements), norm.size(FULL_WIDTH)
@@ -109,6 +119,7 @@ def _fused(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
 _NORMS: dict[str, Callable[[Norm, Tape, Tensor], Tensor]] = {
     "rmsnorm": _rms_norm,
     "rmsnorm-wide": _wide_rms_norm,
+    "rmsnorm-t5": _t5_norm,
     "layernorm": _layer_norm,
     "layernorm-plain": _plain_layer_norm,
     "layernorm-wide": _wide_layer_norm,

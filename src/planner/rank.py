@@ -20,7 +20,8 @@ from planner.shapes import Shape
 from planner.sharding import STRATEGIES, Buffers
 from planner.specs import LayerSpec, ModelSpec
 from planner.stack import parse_stack
-from planner.tape import FULL_WIDTH, BlockMemory
+from planner.tape import FULL_WIDTH, BlockMemory, Size, per_token
+from planner.two_stacks import handed_on, stack_variables, two_stack_layering
 from planner.units import DTYPE_BYTES
 
 _layer_memory = functools.lru_cache(maxsize=4096)(layer_memory)
@@ -101,7 +102,8 @@ class Run:
         """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
         tokens, seq_len = shape.one
         masked = tuple(self._is_masked(layer, seq_len) for layer in self.model.layers)
-        return _layering(self.model, self._recipe(evaluates and self._drops, tokens <= seq_len), masked)
+        build = two_stack_layering if self.model.architecture == "encoder-decoder" else _layering
+        return build(self.model, self._recipe(evaluates and self._drops, tokens <= seq_len), masked)
 
     def _recipe(self, evaluates: bool, is_single: bool) -> Recipe:
         asked = evaluates, is_single
@@ -161,6 +163,18 @@ class Run:
         """Bytes of the rotary tables: for each position of each row, where rows bring their positions."""
         positions = shape.seq_len if self.setup.stack else shape.tokens
         return 1.0 * self.recipe.stream * self.model.num_rotary * positions
+
+    def stack_variables(self, is_decoder: bool, *, drops: bool) -> Size:
+        """What the forward of one of two stacks holds of its embeddings."""
+        return stack_variables(self.model, self.recipe, is_decoder=is_decoder, drops=drops)
+
+    def handed_on(self, is_decoder: bool) -> Size:
+        """What that forward hands from layer to layer beside the stream."""
+        return handed_on(self.model, self.recipe, is_decoder=is_decoder)
+
+    def source(self, width: int) -> Size:
+        """The encoder's output."""
+        return per_token(width * self.model.hidden_size)
 
     def head(
         self, shape: Shape, width: int, *, ends_at_logits: bool = False, evaluates: bool = False

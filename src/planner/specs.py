@@ -52,7 +52,9 @@ class LayerSpec:
     all heads). `scores`: "plain", "capped" by a tanh, or with "sinks" (a logit that no token owns, and a softmax in
     16 bits). `hands_over_groups`: grouped heads reach the attention kernel as they are; False where the model copies
     them out, or broadcasts a single one, itself. `always_masked`: torch's attention is given a mask even where its own
-    causal one would do.
+    causal one would do. `inner_dropout`: what the feed-forward
+    part's last matrix reads is dropped; `position_bias`: a learned bias, made in the stack's first layer, is added to
+    the scores (T5).
     `wiring`: where the norms on the residual stream are, `num_norms` of them: "pre" before attention and feed-forward
     part, "reordered" after each before it is added, "sandwich" both, "post" after each sum, "parallel" before both parts, which read the
     same stream. `norm`: "rmsnorm", "layernorm", either "-wide" (narrowed to 16 bits after the weight, not before)
@@ -76,6 +78,8 @@ class LayerSpec:
     rotary: str = "full"
     dropout: bool = False
     attention_dropout: bool = False
+    inner_dropout: bool = False
+    position_bias: bool = False
     hands_over_groups: bool = True
     always_masked: bool = False
     norm: str = "rmsnorm"
@@ -107,7 +111,9 @@ class ModelSpec:
     for each layer its kind, an index into `layers`; `num_rotary` counts the elements of the rotary tables per position, `buffer_bytes` what the
     model keeps besides parameters, whatever their dtype. `norms_embeddings`: a norm makes the first layer's input;
     `returns_weights`: eager attention's weights live on until the next layer's are there. `makes_both_masks`: a mask for
-    full attention and one for a sliding window are made whatever the layers need.
+    full attention and one for a sliding window are made whatever the layers need. `final_norm`: a norm after the last
+    layer (of each stack); `scales_output`: its output is multiplied; of the embeddings, `scales_embeddings` the same, `adds_positions` those
+    of positions; `shifts_logits`: a buffer is added to the logits (these four of encoder-decoders).
     `config` is the config.json that it came from.
     """
 
@@ -132,6 +138,11 @@ class ModelSpec:
     returns_weights: bool = False
     makes_both_masks: bool = False
     logit_softcap: bool = False
+    final_norm: bool = True
+    scales_output: bool = False
+    scales_embeddings: bool = False
+    adds_positions: bool = False
+    shifts_logits: bool = False
     remote_code: bool = False
     license: str | None = None
     commercial: str | None = None

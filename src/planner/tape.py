@@ -106,7 +106,7 @@ class BlockMemory:
     """What one block keeps for its backward, and the peaks above what was alive before it.
 
     `input` is the size of what it is given, `output_width` the bytes per element of what it gives. `saved` is split by category; the block's input is not in it (`saves_input` says whether an operation keeps
-    it). `forward` includes what the block has saved so far; `no_grad` is the forward with nothing saved
+    it, `saves_outer` the same of what several blocks read; `handed_on` is read by later blocks). `forward` includes what the block has saved so far; `no_grad` is the forward with nothing saved
     (evaluation, and the first pass under checkpointing); `backward` includes what is still saved and all
     gradients made so far; `recompute` is the backward under checkpointing; `made` is what is alive in either after each
     weight's gradient, beside the size of all so far. `weight_gradients` are those that its
@@ -118,6 +118,8 @@ class BlockMemory:
     output_width: int
     saved: Snapshot
     saves_input: bool
+    saves_outer: bool
+    handed_on: Size
     kept: Snapshot
     cached: Size
     weight_gradients: Size
@@ -135,6 +137,9 @@ class Tape:
     operations: list[Operation] = field(default_factory=list)
     returned: list[Tensor] = field(default_factory=list)
     given: list[Tensor] = field(default_factory=list)
+    outers: list[Tensor] = field(default_factory=list)
+    begun: list[Tensor] = field(default_factory=list)
+    handed: list[Tensor] = field(default_factory=list)
 
     def input(
         self, size: Size, width: int, *, needs_grad: bool = True, category: int = ACTIVATIONS
@@ -142,6 +147,23 @@ class Tape:
         """A tensor that exists before the block; it isn't counted, its gradient is."""
         self.given.append(Tensor(size, width, category, needs_grad, saved_until=-2))
         return self.given[-1]
+
+    def outer(self, size: Size, width: int, *, needs_grad: bool = True, has_gradient: bool = False) -> Tensor:
+        """A tensor that several blocks read; with `has_gradient` one that has some of its gradient by now."""
+        tensor = Tensor(size, width, ACTIVATIONS, needs_grad, saved_until=-2)
+        self.outers.append(tensor)
+        if has_gradient:
+            self.given_gradient(tensor)
+        return tensor
+
+    def given_gradient(self, *tensors: Tensor) -> None:
+        """Later blocks have made some of these tensors' gradients."""
+        self.begun += tensors
+
+    def hand_on(self, tensor: Tensor) -> None:
+        """Later blocks read a tensor of this one, beside its output."""
+        self.hold_to_end(tensor)
+        self.handed.append(tensor)
 
     def run(
         self,
@@ -242,6 +264,7 @@ class Tape:
             # What is kept outlives the backward of what saves it.
             saved = [add(a, scale(b, -1)) for a, b in zip(saved, self._kept(saved_too=True), strict=True)]
         backward = Backward(self.operations, saved, step_factor, frees_kept=is_checkpointed)
+        backward.begin(self.begun)
         backward.run()
         forward, backward_peaks = pruned(snapshots), pruned(backward.snapshots)
         if is_reentrant:
@@ -256,7 +279,9 @@ class Tape:
             input=sum_of(tensor.size for tensor in self.given),
             output_width=self.operations[-1].output.width,
             saved=(saved[0], saved[1], saved[2], saved[3]),
-            saves_input=any(t.saved_until == -2 for op in self.operations for t in op.saves),
+            saves_input=self._saves(self.given),
+            saves_outer=self._saves(self.outers) or any(t.is_kept for t in self.outers),
+            handed_on=sum_of(tensor.size for tensor in self.handed),
             kept=NOTHING if is_reentrant else self._kept(),
             cached=sum_of(op.output.size for op in self.operations if op.output.is_cached),
             weight_gradients=sum_of(op.weight_grad for op in self.operations),
@@ -266,6 +291,10 @@ class Tape:
             recompute=Peaks(pruned(recompute)),
             made=tuple(backward.made),
         )
+
+    def _saves(self, tensors: Iterable[Tensor]) -> bool:
+        saved = {id(tensor) for op in self.operations for tensor in op.saves}
+        return any(id(tensor) in saved for tensor in tensors)
 
     def _kept(self, *, saved_too: bool = False) -> Snapshot:
         """What is kept; with `saved_too` what of it an operation saves as well."""
