@@ -302,7 +302,8 @@ class Block(Linears):
             gate, up = self.tape.part(gate, half), self.tape.part(gate, half)
         active = gate if self.recipe.fused_mlp else self._activation(gate, inner, layer)
         up = self._raised(up, inner, layer) if joint else self.linear(x, roles["up"], share)
-        product = self.tape.run([active, up], per_token(gate.width * inner), gate.width, saves=[active, up])
+        width = max(active.width, up.width)
+        product = self.tape.run([active, up], per_token(width * inner), width, saves=[active, up])
         return self._down(product, down, layer, share)
 
     def _down(self, x: Tensor, down: Matrix, layer: LayerSpec, share: float) -> Tensor:

@@ -297,6 +297,7 @@ def _matrices(entries: Iterable[Mapping[str, Any]], dims: Dimensions) -> Iterato
             bias="bias" in entry and bool(dims.evaluate(entry["bias"])),
             copies=dims["experts"] if routed else dims.require(entry.get("copies", 1)),
             token_share=dims["top_k"] / dims["experts"] if routed else 1.0,
+            wide=entry.get("wide", False),
             kind=entry.get("kind", "parameter" if routed else dims.family["linear_kind"]),
         )
 

@@ -90,6 +90,7 @@ class _Kept(NamedTuple):
     trained_width: int
     quant: str | None
     width: int
+    is_half: bool
 
 
 def _kept(setup: TrainSetup) -> _Kept:
@@ -104,6 +105,7 @@ def _kept(setup: TrainSetup) -> _Kept:
         trained_width=trained_width(setup),
         quant=setup.quant,
         width=unquantised_width(setup),
+        is_half=setup.weights_dtype == "float16" and not setup.kbit_upcast,
     )
 
 
@@ -119,7 +121,7 @@ def _take_inventory(kept: _Kept, model: ModelSpec) -> Inventory:
     largest = max(t.num_elements * t.width for t in trained)
     num_trained = sum(t.num_elements * t.count for t in trained)
     return Inventory(
-        weights_bytes=_weights(kept, model) + model.buffer_bytes,
+        weights_bytes=_weights(kept, model) + _widened(kept, model) + model.buffer_bytes,
         constants_bytes=_constants(model, kept.quant) if kept.quant else 0,
         adapters_bytes=gradients if kept.uses_adapters else 0,
         master_bytes=4 * num_trained if has_master else 0,
@@ -283,6 +285,14 @@ def _constants(model: ModelSpec, quant: str) -> int:
         for layer, m in quantised_matrices(model)
     )
     return sum(sizes)
+
+
+def _widened(kept: _Kept, model: ModelSpec) -> int:
+    """What float32 matrices among float16 weights take more."""
+    if not kept.is_half:
+        return 0
+    wide = (layer.count * m.num_weights for layer in model.layers for m in layer.matrices if m.wide)
+    return (4 - kept.width) * sum(wide)
 
 
 def _weights(kept: _Kept, model: ModelSpec) -> int:

@@ -173,6 +173,17 @@ def own_eager(
     return _context(tape, weights, value, layer, how, held)
 
 
+def unnarrowed_eager(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
+) -> Tensor:
+    """BERT's and BART's: the same, and what autocast makes float32 stays that until the product with the values."""
+    held = query, key, value
+    scaled = _scaled(tape, *_operands(tape, (query, key), layer, how), layer)
+    masked = _masked(tape, scaled, layer, how)
+    weights = _own_softmax(tape, masked, layer, FULL_WIDTH if how.compute else masked.width, how)
+    return _context(tape, weights, value, layer, how, held)
+
+
 def wide_eager(
     tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
 ) -> Tensor:
@@ -236,8 +247,8 @@ def biased_eager(
     width = max(scaled.width, bias.width)
     # The bias' gradient is the scores' summed over rows.
     biased = tape.run([scaled, bias], _scores(layer, width), width, shares_grad=True)
-    masked = _masked(tape, biased, layer, how) if layer.causal else biased
-    weights = _own_softmax(tape, masked, layer, value.width, how)
+    masked = _masked(tape, biased, layer, how)
+    weights = _own_softmax(tape, masked, layer, FULL_WIDTH if how.compute else masked.width, how)
     return _context(tape, weights, value, layer, how, held)
 
 
@@ -247,6 +258,7 @@ EAGER: dict[str, Kernel] = {
     "sinks": sinks_eager,
     "own": own_eager,
     "wide": wide_eager,
+    "unnarrowed": unnarrowed_eager,
     "alibi": alibi_eager,
     "falcon": falcon_eager,
 }
@@ -278,6 +290,8 @@ def _scaled(tape: Tape, query: Tensor, key: Tensor, layer: LayerSpec) -> Tensor:
 
 
 def _masked(tape: Tape, scaled: Tensor, layer: LayerSpec, how: Precision) -> Tensor:
+    if not layer.causal:
+        return scaled
     width = max(scaled.width, how.mask)
     return tape.run([scaled], _scores(layer, width), width, shares_grad=True)
 

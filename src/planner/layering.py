@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from planner.shapes import Shape, Terms
 from planner.sizes import sum_of
-from planner.tape import CATEGORIES, ZERO, BlockMemory, Size, Snapshot, scale
+from planner.tape import CATEGORIES, BlockMemory, Size, Snapshot, scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Group:
     """Some of the layers, and the sums of what they hold.
 
     `num_plain` of them are never recomputed. `inputs` are those that outlive the forward; `saved` is what outlives it of
-    layers that aren't recomputed; `handed_on` what they gave to later checkpoints. The sizes are sums of BlockMemory's, `kept` of all categories.
+    layers that aren't recomputed; `handed_on` what they gave to later ones beside the stream. The sizes are sums of BlockMemory's, `kept` of all categories.
     """
 
     num_layers: int
@@ -98,7 +98,7 @@ def _group(
         num_layers=counts.total(),
         num_plain=sum(counts[k] for k in plain),
         inputs=sum_of(scale(m.input, n) for m, n in inputs),
-        handed_on=sum_of(scale(m.handed_on, n) for m, n in layers) if stores_inputs else ZERO,
+        handed_on=sum_of(scale(m.handed_on, n) for m, n in layers),
         saved=(saved[0], saved[1], saved[2], saved[3]),
         kept=sum_of(scale(size, n) for m, n in layers for size in m.kept),
         cached=sum_of(scale(m.cached, n) for m, n in layers),

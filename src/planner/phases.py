@@ -9,7 +9,7 @@ from planner.layering import Group, Spot, by_category
 from planner.rank import Run
 from planner.shapes import Shape, Terms
 from planner.sharding import Copy
-from planner.sizes import add
+from planner.sizes import ZERO, add
 
 INDEX_BYTES = 8
 """Token ids, labels and positions are int64."""
@@ -74,7 +74,7 @@ class Step:
         for name, value in by_category(group.saved, self.shape).items():
             kept[name] += value * self.layer_share
         kept["activations"] += self.shape.at(group.inputs) * self.layer_share + self._held_through()
-        kept["activations"] += self.shape.at(group.handed_on)
+        kept["activations"] += self.shape.at(group.handed_on) if self.is_checkpointed else 0.0
         return kept
 
     def _held_through(self) -> Any:
@@ -152,9 +152,18 @@ class Step:
         if is_decoder and (evaluates or not self.layering.keeps_source):
             held = add(held, self.run.source(self.width))
         is_stored = self.is_checkpointed and not evaluates
-        if spot.before.num_layers > 1 and not is_stored:
+        makes_it_itself = spot.own.handed_on != ZERO
+        if not makes_it_itself and not is_stored:
             held = add(held, self.run.handed_on(is_decoder))
         return shape.at(held)
+
+    def _left_by_decoder(self, spot: Spot) -> Any:
+        """What the decoder's first layer has left once the later ones are done, and its gradient, which that layer counts."""
+        if not self.layering.plain:
+            return 0.0
+        leaf = self.shape.at(self.run.leaf_bias())
+        is_encoder = spot.before.num_plain < 2
+        return 2 * leaf if is_encoder else leaf if spot.own.handed_on != ZERO else 0.0
 
     def _is_recomputed(self, spot: Spot) -> bool:
         return self.is_checkpointed and spot.number not in self.layering.plain
@@ -241,7 +250,7 @@ class Step:
         buffers = self.run.buffers
         held = buffers.first_layer_backward if spot.after.num_layers else buffers.last_layer_backward
         exchange = {"workspace": held}
-        own = {"activations": self.shape.at(spot.own.inputs)}
+        own = {"activations": self.shape.at(spot.own.inputs) + self._left_by_decoder(spot)}
         if self.run.holds_inputs:
             own["activations"] += self._inputs_behind(spot)
         return self._plus(

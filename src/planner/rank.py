@@ -21,7 +21,7 @@ from planner.sharding import STRATEGIES, Buffers
 from planner.specs import LayerSpec, ModelSpec
 from planner.stack import parse_stack
 from planner.tape import FULL_WIDTH, BlockMemory, Size, per_token
-from planner.two_stacks import handed_on, stack_variables, two_stack_layering
+from planner.two_stacks import handed_on, leaf_bias, stack_variables, two_stack_layering
 from planner.units import DTYPE_BYTES
 
 _layer_memory = functools.lru_cache(maxsize=4096)(layer_memory)
@@ -171,6 +171,10 @@ class Run:
     def handed_on(self, is_decoder: bool) -> Size:
         """What that forward hands from layer to layer beside the stream."""
         return handed_on(self.model, self.recipe, is_decoder=is_decoder)
+
+    def leaf_bias(self) -> Size:
+        """What the decoder leaves for as long as the graph lives."""
+        return leaf_bias(self.model, self.recipe)
 
     def source(self, width: int) -> Size:
         """The encoder's output."""

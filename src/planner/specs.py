@@ -19,6 +19,7 @@ class Matrix:
     too), "kept" (a linear module that bitsandbytes leaves as it is: a subclass of nn.Linear, T5's wo),
     "parameter" (a bare parameter: a router's, or the 3-D one that holds all experts of transformers 5; never
     quantised, and matched by "all-linear" only where PEFT converts the family: `layers.target_matrices`).
+    `wide`: from_pretrained leaves it in float32 where the weights are float16.
     """
 
     module: str
@@ -29,6 +30,7 @@ class Matrix:
     copies: int = 1
     token_share: float = 1.0
     kind: str = "linear"
+    wide: bool = False
     path: str = ""
 
     @property

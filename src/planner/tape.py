@@ -162,7 +162,6 @@ class Tape:
 
     def hand_on(self, tensor: Tensor) -> None:
         """Later blocks read a tensor of this one, beside its output."""
-        self.hold_to_end(tensor)
         self.handed.append(tensor)
 
     def run(
@@ -258,7 +257,7 @@ class Tape:
 
         `step_factor`: each weight's gradient is used at once and freed; meanwhile as many times its bytes are needed.
         """
-        self.hold(*self.returned)
+        self.hold(*self.returned, *self.handed)
         snapshots, saved = self._forward(keep_saved=True)
         if not is_checkpointed:
             # What is kept outlives the backward of what saves it.

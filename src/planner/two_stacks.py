@@ -29,6 +29,7 @@ from planner.tape import (
 
 INDEX_WIDTH = 8
 """Bytes of an int64."""
+NUM_BUCKETS = 32
 BUCKET_TENSORS = 4
 """T5's buckets of relative positions are computed with so many int64 for each pair of positions at once."""
 
@@ -192,6 +193,8 @@ class StackBlock(Block):
 
     def cross_attention(self, x: Tensor, layer: LayerSpec, hidden_size: int) -> Tensor:
         """Queries from the decoder, keys and values from the encoder's output."""
+        # The layer's variable for weights takes these in place of its own attention's.
+        before, self.tape.returned = self.tape.returned, []
         roles = {m.role.removeprefix("cross_"): m for m in layer.matrices if m.role.startswith("cross_")}
         query = self.linear(x, roles["q"])
         key, value = self.linear(self.source, roles["k"]), self.linear(self.source, roles["v"])
@@ -203,7 +206,7 @@ class StackBlock(Block):
         context = self.linear(context, roles["o"])
         if layer.dropout:
             context = self.dropped(context)
-        self.tape.hold(x, query, key, value)
+        self.tape.hold(x, query, key, value, *before)
         return context
 
     def _kernel(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
@@ -222,8 +225,8 @@ class StackBlock(Block):
         work = per_square(INDEX_WIDTH * BUCKET_TENSORS)
         buckets = self.tape.run([], per_square(INDEX_WIDTH), INDEX_WIDTH, temp=work)
         buckets.needs_grad = False
-        bias = self.tape.run([buckets], size, recipe.weight, saves=[buckets] if trains else [])
-        bias.needs_grad = trains
+        table = constant(layer.num_heads * recipe.weight * NUM_BUCKETS) if trains else ZERO
+        bias = self.tape.run([buckets], size, recipe.weight, saves=[buckets], weight_grad=table)
         self.tape.hand_on(bias)
         if trains and not self.place.is_last:
             self.tape.given_gradient(bias)
@@ -239,6 +242,8 @@ class StackBlock(Block):
         bias = self.tape.run([], size, width)
         bias.needs_grad = needs_grad
         self.tape.hand_on(bias)
+        if needs_grad and not self.place.is_last:
+            self.tape.given_gradient(bias)
         return bias
 
     def _biased(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, bias: Tensor) -> Tensor:
@@ -252,8 +257,10 @@ class StackBlock(Block):
         mask = bias if is_cross else self._contiguous(bias, layer)
         mask = self._square(mask, width, layer)
         query, key, value = (self.cast(t, width, t.gradient[1] / t.width) for t in (query, key, value))
-        spread = self.tape.part(mask, per_pair(width * layer.num_heads))
-        spread.needs_grad = mask.needs_grad
+        spread = mask
+        if mask.needs_grad and not recipe.is_single:
+            # Its gradient is one for each row before they are summed.
+            spread = self.tape.part(mask, per_pair(width * layer.num_heads))
         context = kernels.saving_all(
             self.tape, (query, key, value, spread), layer, kernels.efficient_temp(layer, width)
         )
@@ -262,8 +269,11 @@ class StackBlock(Block):
 
     def _contiguous(self, bias: Tensor, layer: LayerSpec) -> Tensor:
         """A copy in the heads' order; a causal one is masked before (integrations/sdpa_attention.py)."""
-        copied = self.tape.run([bias], bias.size, bias.width)
-        return self.tape.run([copied], bias.size, bias.width) if layer.causal else copied
+        if layer.causal:
+            earlier = self.tape.run([], per_square(1), 1)
+            earlier.needs_grad = False
+            bias = self.tape.run([bias], bias.size, bias.width, saves=[earlier])
+        return self.tape.run([bias], bias.size, bias.width)
 
     def _square(self, bias: Tensor, width: int, layer: LayerSpec) -> Tensor:
         if bias.width == width:
@@ -301,3 +311,11 @@ def handed_on(model: ModelSpec, recipe: Recipe, *, is_decoder: bool) -> Size:
         return ZERO
     crossed = recipe.compute if recipe.autocast else recipe.weight
     return per_square(layer.num_heads * (recipe.weight + (crossed if is_decoder else 0)))
+
+
+def leaf_bias(model: ModelSpec, recipe: Recipe) -> Size:
+    """T5's bias of the attention to the encoder, which is a leaf of the graph: it lives as long as that does."""
+    layer = model.layers[-1]
+    if not (layer.position_bias and recipe.checkpointed):
+        return ZERO
+    return per_square(layer.num_heads * (recipe.compute if recipe.autocast else recipe.weight))
