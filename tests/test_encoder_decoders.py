@@ -6,7 +6,9 @@ from planner.catalog import find_gpu
 from planner.errors import SetupError
 from planner.estimate import estimate
 from planner.hf_config import model_spec
+from planner.memory import MemoryModel
 from planner.setup import TrainSetup
+from planner.shapes import Shape
 from planner.specs import Machine
 
 T5 = {
@@ -102,3 +104,32 @@ def test_a_step_is_traced(config):
 def test_the_wrong_objective_names_the_right_one(model, objective, hint):
     with pytest.raises(SetupError, match=f"use {hint}"):
         estimate(TrainSetup(model=model, objective=objective), MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("targets", "waits"), [(("q",), False), (("k",), True), (("EncDecAttention.v",), True), (("wo",), False)]
+)
+def test_the_encoder_s_output_waits_for_the_matrices_that_need_it(targets, waits):
+    setup = setup_of(T5, targets=targets, checkpointing="none", adapter_dtype="bfloat16")
+    run = MemoryModel(setup, model_spec(T5, objective="seq2seq")).run
+    assert run.layering(Shape(64, 32)).keeps_source == waits
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("weights_dtype", ["bfloat16", "float16"])
+def test_t5_weighs_what_from_pretrained_would_load(weights_dtype):
+    from bench.build import build_model
+
+    setup = setup_of(T5, method="lora", weights_dtype=weights_dtype)
+    model = build_model(setup, meta=True)
+    built = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora" not in n)
+    assert MemoryModel(setup, model_spec(T5, objective="seq2seq")).run.static()["weights"] == built
+
+
+def test_longer_rows_cost_biases_that_more_rows_share():
+    """T5's position biases have one value for each head and pair of positions, whatever the number of rows is."""
+    model = MemoryModel(
+        setup_of(T5, method="full", checkpointing="none"), model_spec(T5, objective="seq2seq")
+    )
+    long_rows, many_rows = model.at(1, 4096), model.at(8, 512)
+    assert long_rows.phases["loss"] > many_rows.phases["loss"] + 4 * 4096**2

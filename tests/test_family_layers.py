@@ -59,7 +59,7 @@ def test_falcons_single_value_head_is_a_copy():
 
 def test_bert_takes_the_softmax_in_the_scores_dtype():
     layer, recipe = parts(BERT, attention="eager")
-    assert layer.scores == "own"
+    assert layer.scores == "unnarrowed"
     squares = sum(size[2] for size in layer_memory(layer, H, recipe).saved)
     plain = replace(layer, scores="plain")
     assert sum(size[2] for size in layer_memory(plain, H, recipe).saved) == squares + 2 * HEADS
