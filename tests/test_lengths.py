@@ -105,7 +105,8 @@ def test_short_rows_take_less_and_packing_less_still():
     _, full = timed(known([512] * 10, num_rows=2400), micro_batch_size=4)
     _, padded = timed(lengths, micro_batch_size=4)
     _, packed = timed(lengths, micro_batch_size=4, packing=True)
-    assert packed.train_s.high < padded.train_s.high < full.train_s.high
+    # where launches bound a step, shorter rows save nothing
+    assert packed.train_s.high < padded.train_s.high <= full.train_s.high
     assert packed.filling.packing_gain > 1
     assert packed.tokens.low == pytest.approx(2280 * lengths.mean)
 

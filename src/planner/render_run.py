@@ -50,7 +50,7 @@ def _percent(share: float) -> str:
 
 def _describe_total(run: RunTime) -> str:
     total = run.total_s
-    if total is None or run.train_s is None:
+    if total is None or run.train_s is None or run.save_s is None:
         return "unknown: no time is known for this card (finefit bench measures it)"
     parts = [f"{describe_span(run.train_s)} of steps"]
     if run.eval_s is not None:

@@ -53,13 +53,13 @@ class RunTime:
     num_saves: int
     train_s: Span | None
     eval_s: Span | None
-    save_s: Span
+    save_s: Span | None
     lengths_source: str | None
 
     @property
     def total_s(self) -> Span | None:
         """All parts; None where no step's time is known."""
-        if self.train_s is None:
+        if self.train_s is None or self.save_s is None:
             return None
         known = self.train_s + self.save_s
         return known if self.eval_s is None else known + self.eval_s
@@ -178,10 +178,10 @@ def _eval_seconds(
     return Span(low=share * time.low_step_s, high=share * time.high_step_s)
 
 
-def _save_seconds(setup: TrainSetup, model: ModelSpec, length: RunLength) -> Span:
-    """What was trained and its optimizer's states, each time."""
+def _save_seconds(setup: TrainSetup, model: ModelSpec, length: RunLength) -> Span | None:
+    """What was trained and its optimizer's states, each time; None where only traces know the model."""
     if model.is_traced:
-        return Span(low=0.0, high=0.0)
+        return None
     kept = take_inventory(setup, model)
     size = kept.gradients_bytes + kept.states_bytes + kept.host_states_bytes + kept.master_bytes
     saves = min(CHECKPOINTS_PER_RUN, length.high_steps)
