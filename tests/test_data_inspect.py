@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,18 @@ def test_similar_rows_are_those_whose_words_are_alike(words: list[str], at: int,
         found = index.near_firsts().tolist() == [0, 0]
     if abs(alike - SIMILAR) > 0.18:  # four standard errors of the estimate
         assert found == (alike > SIMILAR)
+
+
+@pytest.mark.slow
+def test_memory_grows_by_a_few_bytes_a_row(tmp_path: Path) -> None:
+    peaks = []
+    for num_rows in (3_000, 30_000):
+        path = write_lines(tmp_path / f"{num_rows}.jsonl", *(pair("q", sentence(n)) for n in range(num_rows)))
+        tracemalloc.start()
+        inspect(path, sample_rows=100)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 60 * 27_000
 
 
 # ------------------------------------------------------------- what stops a run

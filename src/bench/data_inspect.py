@@ -16,7 +16,7 @@ import numpy.typing as npt
 from bench.data import extra_readers
 from bench.data_personal import redact
 from bench.data_report import Found, Inspection, Overlap, lengths_of
-from bench.data_similar import SimilarRows, repeats, similar_rows
+from bench.data_similar import Firsts, SimilarRows, repeats, similar_rows
 from bench.data_text_checks import contents, encoding_faults, language
 from bench.data_tokens import TokenLook
 from planner.dataset import FaultyRow, Row, Source
@@ -30,8 +30,6 @@ SHOWN_LINES = 5
 """Lines that are named of each thing found."""
 BATCH_ROWS = 500
 
-Firsts = npt.NDArray[np.int64]
-"""For each row the number of the first row that it repeats."""
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, rows done, rows there are, about)."""
 
@@ -105,12 +103,12 @@ class _Tallies(dict[str, _Tally]):
 
 
 class _Places:
-    """FILE:LINE of each row by its number, in 8 bytes a row."""
+    """FILE:LINE of each row by its number, in 4 bytes a row."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
         self.starts: list[int] = []
-        self.lines = array("Q")
+        self.lines = array("I")
 
     def add(self, row: Row) -> None:
         if not self.paths or self.paths[-1] != row.path:
@@ -222,7 +220,7 @@ def _read_eval(path: str | Path, index: SimilarRows) -> _Places:
 
 def _only_near(exact: Firsts, near: Firsts) -> Firsts:
     """Like `near`, but a row that repeats another exactly is its own first."""
-    numbers = np.arange(len(exact))
+    numbers = np.arange(len(exact), dtype=np.int32)
     return np.where(exact == numbers, near, numbers)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -106,8 +105,10 @@ def lengths_of(unit: str, values: array[int]) -> Lengths | None:
     if not values:
         return None
     ordered: Any = np.sort(np.frombuffer(values, dtype=np.uint32))
-    powers = Counter(np.frexp(ordered.astype(np.float64))[1].tolist())
-    histogram = tuple((2**power // 2, 2**power, powers[power]) for power in sorted(powers))
+    edges = [0, *(2**power for power in range(int(ordered[-1]).bit_length() + 1))]
+    below = np.searchsorted(ordered, edges)
+    bins = zip(edges, edges[1:], np.diff(below).tolist(), strict=False)
+    histogram = tuple((low, high, count) for low, high, count in bins if count)
     return Lengths(
         unit=unit,
         num_rows=len(ordered),

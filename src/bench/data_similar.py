@@ -1,6 +1,6 @@
 """Rows that repeat others: exactly, by a digest of their words; nearly, by MinHash.
 
-Memory stays small however many rows there are (32 bytes a row): signatures lie in a temporary file, and what bands have in
+Memory stays small however many rows there are (about 40 bytes a row): signatures lie in a temporary file, and what bands have in
 common is found by sorting one band at a time.
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import re
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -38,6 +38,8 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]|[^\W
 _BLANKS = {number: " " for number in range(128) if not chr(number).isalnum()}
 
 Digests = npt.NDArray[np.uint64]
+Firsts = npt.NDArray[np.int32]
+"""For each row the number of the first row that it repeats: its own where it repeats none."""
 
 
 def row_text(row: Row) -> str:
@@ -100,29 +102,23 @@ class SimilarRows:
         """64 bits of each row's content."""
         return np.array(self._digests, dtype=np.uint64)
 
-    def exact_firsts(self) -> npt.NDArray[np.int64]:
+    def exact_firsts(self) -> Firsts:
         """For each row the number of the first row with the same content: its own where there is none before."""
-        _, first, inverse = np.unique(self.digests(), return_index=True, return_inverse=True)
-        return first[inverse].astype(np.int64)
+        return _leaders(self.digests())
 
-    def near_firsts(self) -> npt.NDArray[np.int64]:
+    def near_firsts(self) -> Firsts:
         """For each row the number of the first row that it nearly repeats: its own where there is none before.
 
         A row is compared with the first one of each band that they have in common, not with all: a row of a long chain
         of small changes may be missed, and a missed one counts as a row of its own.
         """
         self._write()
-        exact = self.exact_firsts()
-        firsts = exact.copy()
+        firsts = self.exact_firsts()
         for band in range(NUM_BANDS):
-            keys = self._band(band)
-            order = np.argsort(keys, kind="stable")
-            same = keys[order[1:]] == keys[order[:-1]]
-            leaders = order[np.maximum.accumulate(np.where(np.append(True, ~same), np.arange(len(order)), 0))]
-            candidates = order[leaders != order]
-            heads = leaders[leaders != order]
-            open_ones = (firsts[candidates] == candidates) & (heads < candidates)
-            for row, head in self._alike(candidates[open_ones], heads[open_ones]):
+            leaders = _leaders(self._band(band))
+            candidates = repeats(leaders)
+            candidates = candidates[firsts[candidates] == candidates]
+            for row, head in self._alike(candidates, leaders[candidates]):
                 firsts[row] = head
         return _roots(firsts)
 
@@ -133,7 +129,7 @@ class SimilarRows:
             chosen = similarity >= SIMILAR
             yield from zip(some[chosen].tolist(), others[chosen].tolist(), strict=True)
 
-    def _signatures(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+    def _signatures(self, numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint32]:
         """[rows, NUM_HASHES], read in the order of the file."""
         wanted, back = np.unique(numbers, return_inverse=True)
         found = np.empty((len(wanted), NUM_HASHES), dtype=np.uint32)
@@ -142,16 +138,17 @@ class SimilarRows:
             found[place] = np.frombuffer(self._file.read(NUM_HASHES * 4), dtype=np.uint32)
         return found[back]
 
-    def _band(self, band: int) -> Digests:
+    def _band(self, band: int) -> npt.NDArray[np.uint32]:
         """One key a row: its hashes of the band, mixed."""
         width = NUM_HASHES // NUM_BANDS
-        keys = np.empty(len(self), dtype=np.uint64)
+        keys = np.empty(len(self), dtype=np.uint32)
         self._file.seek(0)
         for at in range(0, len(self), _ROWS_AT_ONCE):
             count = min(_ROWS_AT_ONCE, len(self) - at)
             block = np.frombuffer(self._file.read(count * NUM_HASHES * 4), dtype=np.uint32)
-            part = block.reshape(count, NUM_HASHES)[:, band * width : (band + 1) * width]
-            keys[at : at + count] = _mix(part)
+            keys[at : at + count] = _mix(
+                block.reshape(count, NUM_HASHES)[:, band * width : (band + 1) * width]
+            )
         return keys
 
     def _write(self) -> None:
@@ -171,15 +168,27 @@ class SimilarRows:
         self._waiting, self._waiting_chars = [], 0
 
 
-def _mix(columns: npt.NDArray[np.uint32]) -> Digests:
-    """FNV-1a over 32-bit words, in 64 bits: equal keys are checked against the signatures, so it needn't be strong."""
+def _mix(columns: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """FNV-1a over 32-bit words: rows of equal keys are compared by their signatures, so it needn't be strong."""
     keys = np.full(len(columns), 0xCBF29CE484222325, dtype=np.uint64)
     for column in columns.T:
         keys = (keys ^ column) * np.uint64(0x100000001B3)
-    return keys
+    return (keys >> np.uint64(32)).astype(np.uint32)
 
 
-def _roots(firsts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _leaders(keys: npt.NDArray[Any]) -> Firsts:
+    """For each row the number of the first row with the same key."""
+    order = np.argsort(keys, kind="stable").astype(np.int32)
+    in_order = keys[order]
+    starts = np.arange(len(keys), dtype=np.int32)
+    starts[1:][in_order[1:] == in_order[:-1]] = 0
+    np.maximum.accumulate(starts, out=starts)
+    leaders = np.empty_like(order)
+    leaders[order] = order[starts]
+    return leaders
+
+
+def _roots(firsts: Firsts) -> Firsts:
     """Follow each row's first to a row that is its own first."""
     while True:
         further = firsts[firsts]
@@ -188,7 +197,6 @@ def _roots(firsts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         firsts = further
 
 
-def repeats(firsts: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def repeats(firsts: Firsts) -> npt.NDArray[np.int64]:
     """The numbers of the rows that repeat an earlier one."""
-    numbers = np.asarray(firsts, dtype=np.int64)
-    return np.flatnonzero(numbers != np.arange(len(numbers)))
+    return np.flatnonzero(firsts != np.arange(len(firsts), dtype=np.int32))
