@@ -176,6 +176,7 @@ def test_memory_grows_by_a_few_bytes_a_row(tmp_path: Path) -> None:
     peaks = []
     for num_rows in (3_000, 30_000):
         path = write_lines(tmp_path / f"{num_rows}.jsonl", *(pair("q", sentence(n)) for n in range(num_rows)))
+        inspect(write_lines(tmp_path / "d.jsonl", pair("q", sentence(0))))  # loads what is loaded once
         tracemalloc.start()
         inspect(path, sample_rows=100)
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -32,7 +32,7 @@ MAX_CHARS = 2**20
 """What of a row is compared; a longer one's end is not."""
 _BATCH_ROWS, _BATCH_CHARS = 1000, 2**22
 _SEED = 1
-_ROWS_AT_ONCE = 2**16
+_ROWS_AT_ONCE = 2**13
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]|[^\W_]+")
 """A letter of a script without blanks between words, or a word."""
 _BLANKS = {number: " " for number in range(128) if not chr(number).isalnum()}

@@ -7,7 +7,7 @@ import re
 from planner.dataset import Row
 
 MIN_LETTERS = 12
-"""Of fewer letters the language can't be told; a Chinese sentence has about as many."""
+"""Of fewer letters the language can't be told; one of East Asia's scripts, from U+2E80 on, counts as three."""
 MAX_CHARS = 500
 """What of a row its language is told by."""
 UNKNOWN = "unknown"
@@ -40,6 +40,6 @@ def language(row: Row) -> str:
     from py3langid import classify
 
     text = " ".join(contents(row))[:MAX_CHARS]
-    if sum(map(str.isalpha, text)) < MIN_LETTERS:
+    if sum(1 + 2 * (letter >= "\u2e80") for letter in text if letter.isalpha()) < MIN_LETTERS:
         return UNKNOWN
     return str(classify(text)[0])
