@@ -372,6 +372,7 @@ def test_plan_searches_where_it_is_asked_to(finefit) -> None:  # type: ignore[no
         (("--gpu", "rtx-4090", "--budget", "20", "--tokens", "1e6"), 2, "currency"),
         (("--gpu", "rtx-4090", "--budget", "20xyz", "--tokens", "1e6"), 2, "XYZ"),
         (("--gpu", "rtx-4090", "--deadline", "8", "--tokens", "1e6"), 2, "unit"),
+        (("--cloud", "--num-nodes", "2", "--num-gpus", "8", "--tokens", "1e6"), 2, "single machines"),
         (("--provider", "nobody", "--tokens", "1e6"), 3, "no machine is left"),
     ],
 )

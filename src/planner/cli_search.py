@@ -238,6 +238,8 @@ class _Job:
         from planner.search_options import parse_limits
         from planner.tariffs import SECTORS, WORLD, tariff
 
+        if self.wishes.get("num_nodes", 1) > 1:
+            raise UsageError("a search looks at single machines; plan several nodes with one --gpu alone")
         today = datetime.date.today()
         known = known_prices((), today)
         limits, currency = parse_limits(self.asked.budget, self.asked.deadline, known.rates)
@@ -279,6 +281,8 @@ class _Job:
         if asked.rents:
             wanted = [find_gpu(name.partition(":")[0]).name for name in names if name not in own]
             counts = {name.partition(":")[2] for name in names if name not in own} - {""}
+            if "num_gpus" in self.wishes:
+                counts = {str(self.wishes["num_gpus"])}
             places += [
                 place
                 for place in rented(

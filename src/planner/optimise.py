@@ -28,6 +28,7 @@ from planner.run_time import RunTime, run_time
 from planner.search import LENGTH_STEP, batch_shape
 from planner.setup import TrainSetup
 from planner.specs import ModelSpec
+from planner.tariffs import WORLD
 
 SHORTER = (0.99, 0.95, 0.90)
 """Shares of the rows that a shorter sequence still holds whole, tried where the longest row doesn't fit."""
@@ -289,9 +290,19 @@ def describe_batch(setup: TrainSetup, lengths: DataLengths | None) -> str:
     )
 
 
+def _describe_tariff(money: CostWishes) -> str:
+    if money.tariff is None or money.tariff.country == WORLD:
+        return "the world's average tariff"
+    return f"the tariff of {money.tariff.country}"
+
+
 def _notes(question: Question, options: Sequence[Option]) -> Iterator[str]:
     if question.tokens is None and question.lengths is None and "max_steps" not in question.wishes:
         yield "no data and no --tokens: times are for a million token positions, and no cost of a run is known"
+    if any(option.rent is not None and option.rent.unknown for option in options):
+        yield "+ a part of the price (storage, egress or the host) is unknown and comes on top, beyond any budget"
+    if any(option.offer is None and option.money is not None for option in options):
+        yield f"electricity at {_describe_tariff(question.money)}; the card is owned already"
     old = sum(option.tier > 0 for option in options)
     if old:
         yield f"{old} of {len(options)} options have a price that is old, undated or recalled; dated ones come first"
