@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from bench.store import Measurement
 
@@ -40,6 +42,7 @@ ENVIRONMENT_KEYS = frozenset(
 )
 """What a shared record keeps of the environment; whatever else there is, or will be, stays out."""
 
+_PRIVATE_NAME = re.compile(r"[\\/~]|^\.")
 _PATH = re.compile(r"(?<![\w.>])(?:[A-Za-z]:)?(?:[\\/]+[^\\/\s:;,'\"()<>|]+)+[\\/]*|~[\\/][^\s'\"]*")
 
 
@@ -49,17 +52,50 @@ def anonymise(measurement: Measurement) -> Measurement:
     Raises ValueError for a setup that names files of its own: such a plan can't be shared by leaving words out.
     """
     setup = measurement.setup
-    if setup.data or (isinstance(setup.model, str) and re.search(r"[\\/~]|^\.", setup.model)):
-        raise ValueError("only plans without files of one's own can be shared")
+    if setup.data or setup.tokenizer or not is_public(setup.model):
+        raise ValueError(
+            "only plans without files of one's own can be shared (bench it with --set data=none, a public model)"
+        )
     kept = {key: value for key, value in measurement.environment.items() if key in ENVIRONMENT_KEYS}
+    predicted = measurement.predicted
     return replace(
         measurement,
+        setup=setup.with_(model=_unnamed(setup.model)),
+        predicted=None if predicted is None else _cleaned(predicted),
         time_utc=measurement.time_utc[:10],
         environment=kept,
         error=None if measurement.error is None else without_paths(measurement.error),
         stderr_tail="",
         warnings=tuple(map(without_paths, measurement.warnings)),
     )
+
+
+def is_public(model: str | Mapping[str, Any]) -> bool:
+    """Whether a setup's model is one that finefit knows by name, or its shapes alone."""
+    if not isinstance(model, str):
+        return True
+    from planner.resolve import is_known
+
+    return not re.search(r"[\\~]|^[./]", model) and is_known(model)
+
+
+def _unnamed(model: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
+    """An inline config without a name that could be a path, or somebody's."""
+    if isinstance(model, str):
+        return model
+    name = str(model.get("_name_or_path", ""))
+    return {
+        key: value for key, value in model.items() if key != "_name_or_path" or not _PRIVATE_NAME.search(name)
+    }
+
+
+def _cleaned(value: Any) -> Any:
+    """A prediction without the setup, which the record has, and without paths in its texts."""
+    if isinstance(value, Mapping):
+        return {str(key): _cleaned(item) for key, item in value.items() if key != "setup"}
+    if isinstance(value, list | tuple):
+        return [_cleaned(item) for item in value]
+    return without_paths(value) if isinstance(value, str) else value
 
 
 def without_paths(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The commands that judge and show predictions and measurements: `compare`, `verify` and `report`."""
+"""The commands that judge and show predictions and measurements: `compare`, `verify`, `report` and `submit`."""
 
 from __future__ import annotations
 
@@ -211,4 +211,39 @@ def report_command(
         click.echo(f"wrote {path}", err=True)
 
 
-COMMANDS: tuple[click.Command, ...] = (compare_command, verify_command, report_command)
+@click.command("submit", cls=SectionedCommand, epilog="Example: finefit submit results.jsonl --out shared")
+@click.argument("results", metavar="RESULTS", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(),
+    help="Folder for the file (default: this one).",
+)
+@json_option
+def submit_command(results: Path, out: Path, as_json: bool) -> None:
+    """Make results of a GPU a file that can be shared.
+
+    It names no person, no path, no machine and no time of day; look at it, then send it. A folder of such files is
+    evidence for `finefit accuracy FOLDER`. Nothing is sent by this command.
+    """
+    from bench.submit import shared_cases, write_cases
+
+    cases, reasons = shared_cases(_read(results))
+    for reason in reasons:
+        click.echo(reason, err=True)
+    if not cases:
+        raise FinefitError(f"{results} has no result that can be shared")
+    path = write_cases(cases, out)
+    if as_json:
+        answer = {
+            "schema_version": SCHEMA_VERSION,
+            "file": str(path),
+            "cases": len(cases),
+            "left_out": reasons,
+        }
+        click.echo(format_json(answer))
+        return
+    click.echo(f"{len(cases)} results in {path}")
+
+
+COMMANDS: tuple[click.Command, ...] = (compare_command, verify_command, report_command, submit_command)

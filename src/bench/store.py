@@ -191,7 +191,7 @@ def append_result(path: Path, measurement: Measurement) -> None:
 def read_results(path: Path) -> tuple[list[Measurement], list[str]]:
     """All records of a file in order, and one warning (with its line number) for each line that was left out.
 
-    The file is never changed. Raises FinefitError when it can't be read.
+    A shared case (`finefit submit`) is read as the record that it carries. The file is never changed. Raises FinefitError when it can't be read.
     """
     found: list[Measurement] = []
     warnings: list[str] = []
@@ -219,6 +219,8 @@ def _read_line(line: bytes, found: list[Measurement]) -> str | None:
         record = json.loads(line, parse_constant=_refuse_constant)
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
+        if "schema_version" not in record and isinstance(record.get("record"), dict):
+            record = record["record"]
         check_plain(record)
         found.append(Measurement.from_json(record))
     except (ValueError, TypeError, KeyError, RecursionError, FinefitError) as error:

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from planner.cases import Answer, case_fields, case_gpu, read_case
@@ -176,6 +177,26 @@ def read_cases(path: str, lines: Iterable[bytes]) -> list[Mapping[str, Any]]:
     if not cases:
         raise DataError(path, "holds no cases")
     return [case for _, case in cases.values()]
+
+
+def read_all(path: Path) -> list[Mapping[str, Any]]:
+    """The cases of a file, or of all .jsonl files in a folder. Raises DataError as `read_cases` does, and for an id that
+    two files have; FinefitError for a folder without files.
+    """
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise FinefitError(f"{path} holds no .jsonl file")
+    cases: list[Mapping[str, Any]] = []
+    seen: dict[str, Path] = {}
+    for file in files:
+        with file.open("rb") as lines:
+            found = read_cases(str(file), lines)
+        for case in found:
+            if case["id"] in seen:
+                raise DataError(str(file), f"id {case['id']!r} is already in {seen[case['id']].name}")
+            seen[case["id"]] = file
+        cases += found
+    return cases
 
 
 def _checked(path: str, line: bytes, number: int) -> Mapping[str, Any]:

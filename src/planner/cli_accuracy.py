@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.command(
     "accuracy", cls=SectionedCommand, epilog="Example: finefit accuracy evidence/memory-runs.jsonl --worst 10"
 )
-@click.argument("cases", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("cases", metavar="CASES|FOLDER", type=click.Path(exists=True, path_type=Path))
 @click.option("--worst", type=click.IntRange(min=0), default=0, help="Also show the N worst cases.")
 @click.option("--markdown", is_flag=True, help="Print a report in Markdown.")
 @click.option(
@@ -53,15 +53,14 @@ def accuracy_command(
     traced: Path | None,
     as_json: bool,
 ) -> None:
-    """Predict every case of a file: errors, false verdicts, and how well the intervals hold.
+    """Predict every case of a file or folder: errors, false verdicts, and how well the intervals hold.
 
     A case is a line with id, gpu, setup, stack and measured; evidence/README.md describes them.
     """
     from planner import accuracy
     from planner.estimate import estimate
 
-    with cases.open("rb") as lines:
-        read = list(accuracy.read_cases(str(cases), lines))
+    read = accuracy.read_all(cases)
     predict: Answer = estimate
     if traced is not None:
         predict = _kept(traced)

@@ -83,6 +83,11 @@ def model_names(*, featured: bool = False) -> list[str]:
     return [name for name, entry in profiles() if entry.get("featured") or not featured]
 
 
+def is_known(name: str) -> bool:
+    """Whether a name, in any spelling, is that of a profile or of one of its variants."""
+    return fold_name(name) in _index()
+
+
 def profiles() -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Every model profile as (name, entry), in the files' order."""
     for models in raw_models().values():
