@@ -76,7 +76,6 @@ def load_config(setup: TrainSetup, weights: Path | None) -> Any:
         reason = one_line(error)
         raise ConfigError(f"{setup.model_label}: transformers can't read the config: {reason}") from error
     config.use_cache = False
-    setattr(config, UNTIED, values.get("tie_word_embeddings") is False)
     return config
 
 
@@ -148,21 +147,17 @@ def _base_model(
 def _match_checkpoint(setup: TrainSetup, model: Any, config: Any) -> None:
     """What from_pretrained makes of a checkpoint and from_config doesn't: T5's own head, and what stays in float32.
 
-    T5's config is always tied; from_pretrained unties the head where the file has a matrix for it, which the
-    config.json then says (modeling_utils.py, tie_weights).
+    T5's config is always tied, whatever its config.json says; from_pretrained unties the head where the file has a matrix
+    for it (modeling_utils.py, tie_weights), and the outputs of such models aren't scaled.
     """
     head = model.get_output_embeddings()
-    is_untied = getattr(config, UNTIED, False)
+    is_untied = getattr(config, "scale_decoder_outputs", None) is False
     if is_untied and head is not None and head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
     wide = model._get_dtype_plan(torch_dtype(setup.weights_dtype))
     for name, parameter in model.named_parameters():
         if config.is_encoder_decoder and any(part in name for part in wide):
             parameter.data = parameter.data.float()
-
-
-UNTIED = "finefit_untied"
-"""Attribute of a config whose config.json says that head and embeddings are two matrices."""
 
 
 def _buildable_attention(setup: TrainSetup, auto_class: Any, config: Any) -> str:
