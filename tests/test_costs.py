@@ -583,6 +583,13 @@ def test_the_smallest_instance_with_enough_cards_is_taken() -> None:
     assert row.offer.num_gpus == 4
 
 
+@pytest.fixture
+def timeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows any card's rates."""
+    monkeypatch.setattr("planner.timing.rates_of", lambda machine, setup: None)
+
+
+@pytest.mark.usefixtures("timeless")
 def test_an_unknown_time_leaves_the_price_per_hour_and_no_total() -> None:
     (row,) = table(book({"gpu": "RTX A4000"})).rows
     assert row.run_s is None
@@ -599,6 +606,7 @@ def test_a_measured_speed_gives_the_time() -> None:
     assert row.run_s == Span(low=100, high=100)
 
 
+@pytest.mark.usefixtures("timeless")
 def test_dated_offers_come_before_old_ones_and_known_totals_before_unknown() -> None:
     offers = book(
         {"provider": "old", "as_of": "2024", "price": 0.1},

@@ -222,15 +222,12 @@ def test_objectives_need_their_architecture():
         estimate(TrainSetup(model=bert), Machine(gpu=RTX_4090), model_spec(bert))
 
 
-def test_time_is_left_out_where_nothing_is_published():
+def test_time_has_an_interval_and_grows_with_the_micro_batches():
     machine = Machine(gpu=RTX_4090)
     known = estimate(TrainSetup(model=CONFIG, method="full"), machine, MODEL).time
     assert known.low_step_s <= known.step_s <= known.high_step_s
     twice = estimate(TrainSetup(model=CONFIG, method="full", grad_accum_steps=2), machine, MODEL).time
-    assert twice.step_s == pytest.approx(2 * known.step_s)
-    assert twice.tokens_per_s == pytest.approx(known.tokens_per_s)
-    slow = replace(RTX_4090, name="Nobody's Card")
-    assert estimate(TrainSetup(model=CONFIG), Machine(gpu=slow), MODEL).time is None
+    assert known.step_s < twice.step_s < 2.2 * known.step_s
 
 
 @pytest.mark.parametrize("model", ["gemma-2-2b", "gpt-j-6b"])

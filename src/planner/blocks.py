@@ -14,7 +14,8 @@ from planner import kernels
 from planner.linears import Linears, Recipe
 from planner.pointwise import CLAMPED_SILU, activation
 from planner.specs import LayerSpec, Matrix
-from planner.tape import FULL_WIDTH, ZERO, BlockMemory, Size, Snapshot, Tensor, add, per_token, scale
+from planner.tape import FULL_WIDTH, ZERO, BlockMemory, Size, Snapshot, Tape, Tensor, add, per_token, scale
+from planner.work import Passes
 
 Part = Callable[[Tensor, LayerSpec, int], Tensor]
 INDEX_WIDTH = 8
@@ -28,15 +29,27 @@ def layer_memory(
 
     `width`: bytes per element of its input, the embeddings' output where none is given.
     """
-    block, width = Block(recipe), width or recipe.stream
-    needs_grad = not is_first or recipe.trains_base or recipe.has_first_grad
-    stream = block.tape.input(per_token(width * hidden_size), width, needs_grad=needs_grad)
-    block.layer(stream, layer, hidden_size)
-    return block.tape.play(
+    return _recorded(layer, hidden_size, recipe, width, is_first).play(
         is_checkpointed=recipe.checkpointed,
         is_reentrant=recipe.reentrant,
         step_factor=recipe.step_factor,
     )
+
+
+def layer_work(
+    layer: LayerSpec, hidden_size: int, recipe: Recipe, *, width: int | None = None, is_first: bool = False
+) -> Passes:
+    """What the same layer computes and moves."""
+    tape = _recorded(layer, hidden_size, recipe, width, is_first)
+    return tape.passes(is_checkpointed=recipe.checkpointed, is_reentrant=recipe.reentrant)
+
+
+def _recorded(layer: LayerSpec, hidden_size: int, recipe: Recipe, width: int | None, is_first: bool) -> Tape:
+    block, width = Block(recipe), width or recipe.stream
+    needs_grad = not is_first or recipe.trains_base or recipe.has_first_grad
+    stream = block.tape.input(per_token(width * hidden_size), width, needs_grad=needs_grad)
+    block.layer(stream, layer, hidden_size)
+    return block.tape
 
 
 class Block(Linears):
@@ -225,6 +238,8 @@ class Block(Linears):
         saved = scale(_total(waiting.tape.play().saved), layer.num_experts - 1)
         stash = self.tape.run([x], saved, x.width, saves_output=True)
         stash.needs_grad = False
+        stands_for = self.tape.operations[-1]
+        stands_for.others, stands_for.num_others = tuple(waiting.tape.operations), layer.num_experts - 1
         out = self._expert(x, scores, routed, layer, share)
         return self.tape.run([out, stash], per_token(x.width * hidden_size), x.width)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from planner.cli_options import SectionedCommand, Session, json_option
-from planner.errors import FinefitError, NotModelledError
+from planner.errors import FinefitError, NotModelledError, UsageError
 
 if TYPE_CHECKING:
     from planner.accuracy import Compared
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Predict from traces kept in FILE (evidence/memory-runs-traced.jsonl) instead of tracing.",
 )
+@click.option("--speed", is_flag=True, help="Compare the time of a step instead of its memory.")
 @json_option
 @click.pass_context
 def accuracy_command(
@@ -51,6 +52,7 @@ def accuracy_command(
     residuals: Path | None,
     trace: bool,
     traced: Path | None,
+    speed: bool,
     as_json: bool,
 ) -> None:
     """Predict every case of a file or folder: errors, false verdicts, and how well the intervals hold.
@@ -61,6 +63,13 @@ def accuracy_command(
     from planner.estimate import estimate
 
     read = accuracy.read_all(cases)
+    if speed:
+        if trace or traced is not None or residuals is not None:
+            raise UsageError(
+                "--speed: a trace says nothing of time, and residuals are of memory; leave them out"
+            )
+        _print_speed(read, str(cases), worst, markdown, as_json)
+        return
     predict: Answer = estimate
     if traced is not None:
         predict = _kept(traced)
@@ -87,6 +96,28 @@ def _kept(path: Path) -> Answer:
 
     with path.open("rb") as lines:
         return kept_predictor(read_traces(str(path), lines))
+
+
+def _print_speed(read: list[Mapping[str, Any]], path: str, worst: int, markdown: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from planner import speed_accuracy
+    from planner.render import format_json, terminal_width
+    from planner.render_speed import SpeedReport
+    from planner.results import SCHEMA_VERSION
+
+    results = speed_accuracy.compare(read)
+    if as_json:
+        groups = speed_accuracy.summaries(results).items()
+        answer = {
+            "schema_version": SCHEMA_VERSION,
+            "groups": [asdict(group) | asdict(summary) for group, summary in groups],
+            "runs": [asdict(result) | {"error": result.error} for result in results],
+        }
+        click.echo(format_json(answer))
+        return
+    report = SpeedReport(results, width=None if markdown else terminal_width(), markdown=markdown)
+    click.echo("\n\n".join(report.parts(path, worst)))
 
 
 def _tracer(session: Session, num_cases: int) -> Answer:

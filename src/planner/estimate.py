@@ -11,14 +11,14 @@ from typing import Any
 from planner.catalog import usable_bytes_or_bound
 from planner.checks import check, warnings
 from planner.errors import FinefitError
-from planner.memory import MemoryModel, TracedMemoryModel, memory_model
+from planner.memory import MemoryModel, TracedMemoryModel, machine_facts, memory_model
 from planner.recipes import attention_for
 from planner.resolve import resolve_model
 from planner.results import Estimate, Memory
 from planner.setup import TrainSetup
 from planner.specs import Machine, ModelSpec
 from planner.stack import NEWEST_KNOWN, parse_stack
-from planner.throughput import step_time
+from planner.timing import Clock
 from planner.uncertainty import Uncertainty
 from planner.units import format_bytes
 
@@ -110,11 +110,6 @@ def _make_room(kept: dict[Hashable, Any]) -> None:
         kept.clear()
 
 
-def machine_facts(machine: Machine) -> dict[str, Any]:
-    """What the memory model has to know of a machine."""
-    return {"on_gpu": machine.gpu.backend != "cpu", "capability": machine.gpu.compute_capability}
-
-
 class Estimator:
     """The same setup at many batch sizes and lengths, with everything else computed once."""
 
@@ -132,6 +127,7 @@ class Estimator:
         self._memory = memory or memory_model(setup, self.model, **machine_facts(machine))
         self.usable_bytes, self.usable_source = usable_memory(machine)
         self.uncertainty = Uncertainty(setup, on_gpu=machine_facts(machine)["on_gpu"])
+        self._clock = Clock(setup, self.model, machine, self._memory)
 
     def memory(self, micro_batch_size: int, seq_len: int) -> Memory:
         """Peak memory of another batch shape."""
@@ -154,7 +150,7 @@ class Estimator:
             memory=memory,
             fit=self.uncertainty.judge(memory, self.usable_bytes),
             interval=self.uncertainty.interval(memory),
-            time=step_time(setup, self.model, self.machine.gpu),
+            time=self._clock.at(micro_batch_size, seq_len),
             assumptions=tuple(self._assumptions()),
             not_modelled=tuple(self._not_modelled()),
             warnings=tuple(warnings(setup, self.model)),
@@ -168,6 +164,7 @@ class Estimator:
             f"stack: {self.setup.stack or NEWEST_KNOWN}",
             usable,
             self.uncertainty.note,
+            self._clock.note,
         ]
         if self.model.architecture == "encoder-decoder":
             words.append(f"the encoder reads and the decoder writes {self.setup.seq_len} tokens each")

@@ -6,9 +6,11 @@ import functools
 from dataclasses import dataclass
 
 from planner.linears import Linears, Recipe
+from planner.operations import Product
 from planner.pointwise import activation
 from planner.specs import Matrix, ModelSpec
-from planner.tape import FULL_WIDTH, LOGITS, ZERO, BlockMemory, Tensor, add, constant, per_token
+from planner.tape import FULL_WIDTH, LOGITS, ZERO, BlockMemory, Tape, Tensor, add, constant, per_token
+from planner.work import Passes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +42,16 @@ class LossBytes:
 @functools.lru_cache(maxsize=1024)
 def head_memory(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes, width: int) -> BlockMemory:
     """The last layer's output, of `width` bytes per element, final norm, head and loss."""
+    return _recorded(model, norm, recipe, kind, width).play(step_factor=recipe.step_factor)
+
+
+@functools.lru_cache(maxsize=1024)
+def head_work(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes, width: int) -> Passes:
+    """What the same part of the model computes and moves."""
+    return _recorded(model, norm, recipe, kind, width).passes()
+
+
+def _recorded(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes, width: int) -> Tape:
     block = _Head(recipe)
     size = per_token(width * model.hidden_size)
     layers = block.tape.input(size, width)
@@ -49,7 +61,7 @@ def head_memory(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes, wi
         block.chunked_loss(hidden, model.head, kind)
     elif model.head is not None:
         block.loss(hidden, model.head, kind)
-    return block.tape.play(step_factor=recipe.step_factor)
+    return block.tape
 
 
 class _Head(Linears):
@@ -128,6 +140,8 @@ class _Head(Linears):
         widened = FULL_WIDTH if kind.widens and width < FULL_WIDTH else 0
         per_logit = width + widened + FULL_WIDTH * kind.num_slopes
         chunk = kind.chunk_tokens * per_logit * head.out_features
+        num_products = 1 if kind.evaluates else 2 + trains
+        weight_reads = num_products * width * head.num_weights / kind.chunk_tokens
         grads = self.tape.run(
             [hidden],
             add(rows, weight),
@@ -136,6 +150,8 @@ class _Head(Linears):
             temp=constant(chunk + copies),
             weight_grad=weight,
             category=LOGITS,
+            product=Product(flops=per_token(2.0 * num_products * head.num_weights), backward=0.0),
+            traffic=per_token(2.0 * per_logit * head.out_features + weight_reads),
         )
         grads.grad_size = ZERO
         self.tape.run([grads], ZERO, FULL_WIDTH, category=LOGITS)

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from planner.operations import ATTENTION, Product
 from planner.specs import LayerSpec
 from planner.tape import FULL_WIDTH, ZERO, Size, Tape, Tensor, add, per_pair, per_square, per_token, scale
 
 MAX_FLASH_HEAD_DIM = 256
+FUSED_BACKWARD = 2.5
+"""Products of a fused kernel's backward over those of its forward: five for two, since it makes the scores again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +126,7 @@ def _products(
     mask.needs_grad = False
     key, value = expanded = repeated(tape, key, value, layer)
     key = tape.run([key], key.size, FULL_WIDTH)
-    weights = tape.run([query, key], scores, FULL_WIDTH, saves=[query, key])
+    weights = tape.run([query, key], scores, FULL_WIDTH, saves=[query, key], product=_scoring(layer))
     # _safe_softmax: a plain softmax and where scores are infinite, beside the result.
     extra = add(scores, _scores(layer, 1))
     weights = tape.run([weights], scores, FULL_WIDTH, saves_output=True, temp=extra)
@@ -131,7 +134,7 @@ def _products(
     out = per_token(FULL_WIDTH * layer.num_heads * layer.value_head_dim)
     returned = tape.run([weights], _scores(layer, given) if given < FULL_WIDTH else ZERO, given)
     returned.needs_grad = False
-    context = tape.run([weights, value], out, FULL_WIDTH, saves=[weights, value])
+    context = tape.run([weights, value], out, FULL_WIDTH, saves=[weights, value], product=_weighing(layer))
     tape.hold(*held, *expanded, mask, returned)
     if given == FULL_WIDTH:
         return context
@@ -206,7 +209,7 @@ def alibi_eager(
     held = (*parts, query, key, value)
     operands = _operands(tape, (query, key), layer, how)
     scores = _scores(layer, operands[0].width)
-    scaled = tape.run(list(operands), scores, operands[0].width, saves=operands)
+    scaled = tape.run(list(operands), scores, operands[0].width, saves=operands, product=_scoring(layer))
     masked = _masked(tape, scaled, layer, how)
     tape.hold(scaled)
     weights = _softmax(tape, masked, layer, given, how)
@@ -221,7 +224,7 @@ def falcon_eager(
     key, value = repeated(tape, key, value, layer)
     operands = _operands(tape, (query, key), layer, how)
     width = operands[0].width
-    scores = tape.run(list(operands), _scores(layer, width), width, saves=operands)
+    scores = tape.run(list(operands), _scores(layer, width), width, saves=operands, product=_scoring(layer))
     masked = _masked(tape, scores, layer, how)
     out = max(how.mask, FULL_WIDTH if how.compute else 0)
     wide = masked
@@ -280,7 +283,7 @@ def _joined(tape: Tape, x: Tensor, how: Precision) -> Tensor:
 def _scaled(tape: Tape, query: Tensor, key: Tensor, layer: LayerSpec) -> Tensor:
     width = query.width
     scores = _scores(layer, width)
-    weights = tape.run([query, key], scores, width, saves=[query, key])
+    weights = tape.run([query, key], scores, width, saves=[query, key], product=_scoring(layer))
     scaled = tape.run([weights], scores, width)
     if layer.scores == "capped":
         scaled = tape.run([scaled], scores, width)
@@ -312,7 +315,7 @@ def _context(
     weights = _dropped(tape, weights) if how.drops else weights
     operand, value = _operands(tape, (weights, value), layer, how)
     out = per_token(operand.width * layer.num_heads * layer.value_head_dim)
-    context = tape.run([operand, value], out, operand.width, saves=[operand, value])
+    context = tape.run([operand, value], out, operand.width, saves=[operand, value], product=_weighing(layer))
     copied = tape.run([context], out, operand.width)
     tape.hold(*held)
     tape.hold_to_end(weights if how.drops else given)
@@ -398,7 +401,23 @@ def saving_all(tape: Tape, inputs: tuple[Tensor, ...], layer: LayerSpec, grad_te
     """Everything that goes in is saved, and the output with a float32 log-sum per head and token."""
     width = inputs[0].width
     out = per_token(width * layer.num_heads * layer.value_head_dim + FULL_WIDTH * layer.num_heads)
-    return tape.run(inputs, out, width, saves=inputs, saves_output=True, grad_temp=grad_temp)
+    product = Product(
+        flops=add(_scoring(layer).flops, _weighing(layer).flops),
+        kind=ATTENTION,
+        backward=FUSED_BACKWARD,
+        skips=len(inputs) == len(("query", "key", "value")),
+    )
+    return tape.run(inputs, out, width, saves=inputs, saves_output=True, grad_temp=grad_temp, product=product)
+
+
+def _scoring(layer: LayerSpec) -> Product:
+    """Queries times keys."""
+    return Product(flops=per_pair(2.0 * layer.num_heads * layer.head_dim))
+
+
+def _weighing(layer: LayerSpec) -> Product:
+    """Weights times values."""
+    return Product(flops=per_pair(2.0 * layer.num_heads * layer.value_head_dim))
 
 
 def repeated(tape: Tape, key: Tensor, value: Tensor, layer: LayerSpec) -> tuple[Tensor, Tensor]:

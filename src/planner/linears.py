@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.operations import Product
 from planner.pointwise import Norm, cast
 from planner.specs import Matrix
-from planner.tape import ACTIVATIONS, WORKSPACE, ZERO, Tape, Tensor, constant, per_token, scale
+from planner.tape import ACTIVATIONS, WORKSPACE, ZERO, Size, Tape, Tensor, constant, per_token, scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +166,11 @@ class Linears:
             weight_grad=grad,
             category=category,
             views_grad=True,
+            product=Product(
+                flops=_flops(matrix, share),
+                weight_bytes=0.0 if copy else _own_weights(matrix) * recipe.weight,
+                trains_weight=recipe.trains_base and copy is None,
+            ),
         )
 
     def _narrowed(self, num_elements: float, width: int, *, is_trained: bool) -> Tensor:
@@ -196,7 +202,8 @@ class Linears:
         else:
             x = self.cast(x, recipe.weight, matrix.in_features * share)
         out = per_token(x.width * matrix.out_features * share)
-        return self.tape.run([x, weight], out, x.width, saves=[x, weight])
+        product = Product(flops=_flops(matrix, share))
+        return self.tape.run([x, weight], out, x.width, saves=[x, weight], product=product)
 
     def _linear_4bit(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
         """bitsandbytes' MatMul4Bit: saves the packed weight only, dequantises in forward and backward."""
@@ -205,7 +212,16 @@ class Linears:
         x = self.cast(x, recipe.compute, matrix.in_features * share)
         whole = constant(recipe.compute * matrix.num_weights / matrix.copies)
         out = per_token(recipe.compute * matrix.out_features * share)
-        result = self.tape.run([x], out, recipe.compute, temp=whole, grad_temp=whole, saves_weight=True)
+        result = self.tape.run(
+            [x],
+            out,
+            recipe.compute,
+            temp=whole,
+            grad_temp=whole,
+            saves_weight=True,
+            product=Product(flops=_flops(matrix, share), weight_bytes=recipe.compute * _own_weights(matrix)),
+            num_dequantised=_own_weights(matrix),
+        )
         return self.cast(result, asked, matrix.out_features * share)
 
     def _linear_8bit(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
@@ -224,7 +240,15 @@ class Linears:
         # CUDA's kernel writes float16 only (bitsandbytes' backends/cuda/ops.py).
         product = per_token((4 if is_half else 6) * matrix.out_features * share)
         whole = constant(x.width * matrix.num_weights / matrix.copies)
-        result = self.tape.run([x, rows], out, x.width, temp=product, grad_temp=whole, views_grad=True)
+        result = self.tape.run(
+            [x, rows],
+            out,
+            x.width,
+            temp=product,
+            grad_temp=whole,
+            views_grad=True,
+            product=Product(flops=_flops(matrix, share), weight_bytes=_own_weights(matrix)),
+        )
         self.tape.keep(x)
         return result
 
@@ -270,6 +294,11 @@ class Linears:
             saves=[x, *copies],
             weight_grad=ZERO if copies else constant(num_weights * recipe.adapter),
             views_grad=True,
+            product=Product(
+                flops=per_token(2.0 * rows * columns * share),
+                weight_bytes=0.0 if copies else num_weights * recipe.adapter,
+                trains_weight=not copies,
+            ),
         )
 
     def _adapter_dropped(self, x: Tensor) -> Tensor:
@@ -285,3 +314,13 @@ class Linears:
         mask = self.tape.run([], scale(x.gradient, 1 / x.width), 1)
         mask.needs_grad = False
         return self.tape.run([x, mask], x.gradient, x.width, saves=[mask])
+
+
+def _own_weights(matrix: Matrix) -> float:
+    """Of one module: an expert's, or those of all experts that are one parameter."""
+    return matrix.num_weights / (1 if matrix.kind == "parameter" else matrix.copies)
+
+
+def _flops(matrix: Matrix, share: float) -> Size:
+    """Of one product with each token's weights: a multiplication and an addition for each."""
+    return per_token(2.0 * matrix.in_features * matrix.out_features * share)

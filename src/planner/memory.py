@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 from planner.coefficients import load
 from planner.contexts import context_bytes
@@ -20,7 +21,7 @@ from planner.results import PHASES, Memory
 from planner.setup import TrainSetup
 from planner.shapes import Shape, Shapes, Terms, has_arrays
 from planner.sharding import STRATEGIES
-from planner.specs import ModelSpec
+from planner.specs import Machine, ModelSpec
 from planner.units import DTYPE_BYTES, MIB
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680
@@ -200,6 +201,11 @@ class TracedMemoryModel(MemoryModel):
         trained, length = self.coefficients.trained_bytes, self.model.max_positions or 1
         states = self.coefficients.at(1, length)["save"]["optimizer"] + self.coefficients.host_states_bytes
         return round(SAFETENSORS_COPIES_KEPT * (trained + states) + trained)
+
+
+def machine_facts(machine: Machine) -> dict[str, Any]:
+    """What the memory model has to know of a machine."""
+    return {"on_gpu": machine.gpu.backend != "cpu", "capability": machine.gpu.compute_capability}
 
 
 def memory_model(

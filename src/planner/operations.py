@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.sizes import Size
+from planner.sizes import ZERO, Size
+
+MATMUL, ATTENTION = "matmul", "attention"
+"""Kinds of matrix products: torch's own, and those inside a fused attention kernel, which holds no scores."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """The matrix product that an operation is, with the `flops` of its forward.
+
+    `weight_bytes`: of an operand that isn't on the tape; `trains_weight`: that one has a gradient. `backward`: FLOPs of
+    the backward over those of the forward, None where each gradient of an operand is a product like this one. `skips`:
+    masked pairs of positions, which `flops` counts, are left out.
+    """
+
+    flops: Size
+    kind: str = MATMUL
+    weight_bytes: float = 0.0
+    trains_weight: bool = False
+    backward: float | None = None
+    skips: bool = False
 
 
 @dataclass(slots=True)
@@ -38,7 +58,9 @@ class Operation:
 
     `needs_saved`: its backward reads a saved tensor, be it a weight; `shares_grad`: its inputs' gradients are
     its output's own storage; `views_grad`: they are views of what it made; `joins`: they are views of its output's;
-    `splits`: its output is one of several parts, whose gradients are joined in one new tensor.
+    `splits`: its output is one of several parts, whose gradients are joined in one new tensor. `product`: the matrix
+    product that it is; `num_dequantised`: weights that it dequantises before, in its backward too; `traffic`: bytes
+    that it moves beyond its tensors. It stands for `num_others` runs of the operations `others` too.
     """
 
     inputs: tuple[Tensor, ...]
@@ -52,3 +74,8 @@ class Operation:
     views_grad: bool
     joins: bool = False
     splits: bool = False
+    product: Product | None = None
+    num_dequantised: float = 0.0
+    traffic: Size = ZERO
+    others: tuple[Operation, ...] = ()
+    num_others: int = 0

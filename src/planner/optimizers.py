@@ -30,6 +30,8 @@ class Optimizer:
     root of the second moment); 0 for fused and per-tensor steps.
     `tensor_copies`: float32 tensors of one parameter's size that a step on it makes at its peak, where the optimizer
     takes one parameter at a time and computes in float32; a 16-bit parameter and its gradient are cast besides.
+    `num_accesses`: tensors of the trained parameters' size that all kernels of a step read and write, where it has several
+    (0: one kernel reads parameters, gradients and states and writes all but the gradients).
     `is_factored`: second moments of a matrix are a row and a column (Adafactor).
     `factory` is the class's dotted path, `kwargs` what it is given besides rate and decay;
     `hf_name` is Trainer's `optim`, None where Trainer has none.
@@ -43,6 +45,7 @@ class Optimizer:
     state_bits: int = 0
     step_copies: float = 0.0
     tensor_copies: int = 0
+    num_accesses: int = 0
     is_factored: bool = False
     is_paged: bool = False
     source: str = ""
@@ -97,10 +100,12 @@ OPTIMIZERS: dict[str, Optimizer] = {
             summary="AdamW, all tensors at once (foreach)",
             num_states=2,
             step_copies=1.0,
+            num_accesses=18,
             factory="torch.optim.AdamW",
             hf_name="adamw_torch",
             kwargs={"foreach": True},
-            source="torch.optim.adamw: _foreach_sqrt(exp_avg_sq) is one more copy of the trained parameters",
+            source="torch.optim.adamw: _foreach_sqrt(exp_avg_sq) is one more copy of the trained parameters; "
+            "_multi_tensor_adamw: lerp 3, mul 2, addcmul 3, sqrt 2, div 2, add 2, addcdiv 4",
         ),
         Optimizer(
             name="adamw-fused",

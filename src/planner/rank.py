@@ -9,7 +9,7 @@ from typing import Any
 
 from planner.blocks import layer_memory
 from planner.exchange import exchanged, largest_layer_gradient
-from planner.heads import LossBytes, head_memory
+from planner.heads import LossBytes, head_memory, head_work
 from planner.inventory import take_inventory
 from planner.layering import Layering, lay
 from planner.linears import Recipe
@@ -23,6 +23,7 @@ from planner.stack import parse_stack
 from planner.tape import FULL_WIDTH, BlockMemory, Size, per_token
 from planner.two_stacks import handed_on, leaf_bias, stack_variables, two_stack_layering
 from planner.units import DTYPE_BYTES
+from planner.work import Passes
 
 _layer_memory = functools.lru_cache(maxsize=4096)(layer_memory)
 
@@ -93,17 +94,24 @@ class Run:
     def kind(self, tokens: int, seq_len: int) -> Hashable:
         """What is equal for two batch shapes whose memory differs in nothing but sizes: a planner.shapes.Shapes."""
         setup = self.setup
-        masked = tuple(self._is_masked(layer, seq_len) for layer in self.model.layers)
+        masked = self.masked(seq_len)
         eval_tokens = tokens if setup.eval_batch_size is None else setup.eval_batch_size * seq_len
         chunks = (self._loss_bytes(tokens, False), self._loss_bytes(eval_tokens, True))
         return masked, tokens <= seq_len, chunks
 
     def layering(self, shape: Shape, *, evaluates: bool = False) -> Layering:
         """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
-        tokens, seq_len = shape.one
-        masked = tuple(self._is_masked(layer, seq_len) for layer in self.model.layers)
+        recipe = self.recipe_for(*shape.one, evaluates=evaluates)
         build = two_stack_layering if self.model.architecture == "encoder-decoder" else _layering
-        return build(self.model, self._recipe(evaluates and self._drops, tokens <= seq_len), masked)
+        return build(self.model, recipe, self.masked(shape.one[1]))
+
+    def masked(self, seq_len: int) -> tuple[bool, ...]:
+        """For each kind of layer whether torch's attention is given a mask."""
+        return tuple(self._is_masked(layer, seq_len) for layer in self.model.layers)
+
+    def recipe_for(self, tokens: int, seq_len: int, *, evaluates: bool = False) -> Recipe:
+        """The layers' recipe for a micro-batch of `tokens` in rows of `seq_len`."""
+        return self._recipe(evaluates and self._drops, tokens <= seq_len)
 
     def _recipe(self, evaluates: bool, is_single: bool) -> Recipe:
         asked = evaluates, is_single
@@ -196,6 +204,11 @@ class Run:
 
     def _loss_bytes(self, tokens: int, evaluates: bool) -> LossBytes:
         return loss_bytes(self.setup, self.model, self._stack, tokens, evaluates)
+
+    def head_work(self, tokens: int, width: int) -> Passes:
+        """What the model's end computes and moves behind layers that give `width` bytes per element."""
+        kind = self._loss_bytes(tokens, False)
+        return head_work(self.model, self.model.layers[-1].norm, self._head_recipe, kind, width)
 
     def static(self) -> dict[str, float]:
         """What every phase of a running step holds, per rank: weights, adapters, optimizer states, workspace."""

@@ -205,3 +205,9 @@ def format_json(value: Any) -> str:
     import json
 
     return json.dumps(value, allow_nan=False)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_words: int) -> str:
+    """A table whose first `num_words` columns are words."""
+    align = ["---" if i < num_words else "---:" for i in range(len(header))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *rows))

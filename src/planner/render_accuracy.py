@@ -15,7 +15,7 @@ from planner.accuracy import (
     peak_errors,
 )
 from planner.coverage import Coverage, LeftOut, left_out
-from planner.render import Column, format_table, printable, wrap
+from planner.render import Column, format_table, markdown_table, printable, wrap
 from planner.uncertainty import FAILS_FROM, FITS_BELOW, LEVEL
 
 HEAD = """# Predicted against published memory ({predictor})
@@ -212,7 +212,7 @@ class Report:
         """A table whose first `num_words` columns are words; `drops` names those that a narrow terminal loses."""
         cells = list(rows)
         if self.markdown:
-            return _markdown_table(header, cells, num_words)
+            return markdown_table(header, cells, num_words)
         columns = [
             Column(
                 title=title,
@@ -223,11 +223,6 @@ class Report:
             for i, title in enumerate(header)
         ]
         return format_table(columns, self.width)
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_words: int) -> str:
-    align = ["---" if i < num_words else "---:" for i in range(len(header))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *rows))
 
 
 def _error_cells(errors: Errors) -> list[str]:

@@ -17,7 +17,7 @@ from planner.results import Time
 from planner.run_length import RunLength, held_out_rows, length_by_lengths, length_by_plan, length_by_tokens
 from planner.setup import TrainSetup
 from planner.specs import Machine, ModelSpec
-from planner.throughput import step_time
+from planner.timing import step_time
 
 NUM_EVALS = 2
 """Before and after the run."""
@@ -144,7 +144,7 @@ def _step_time_at(
 
 def time_of_step(setup: TrainSetup, machine: Machine, model: ModelSpec) -> Time | None:
     """A full step's time; None where nothing is known of the card."""
-    return step_time(setup, model, machine.gpu)
+    return step_time(setup, machine, model)
 
 
 def _train_seconds(length: RunLength, time: Time, lengths: DataLengths | None, setup: TrainSetup) -> Span:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from planner.checks import check
 from planner.errors import SetupError
-from planner.estimate import machine_facts, usable_memory
-from planner.memory import card_features, memory_model
+from planner.estimate import usable_memory
+from planner.memory import card_features, machine_facts, memory_model
 from planner.results import Estimate, Fit, Memory
 from planner.setup import TrainSetup
 from planner.specs import Machine, ModelSpec

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from planner.backward import Backward
-from planner.operations import Operation, Tensor
+from planner.operations import Operation, Product, Tensor
 from planner.sizes import (
     ACTIVATIONS,
     CATEGORIES,
@@ -47,6 +47,7 @@ from planner.sizes import (
     sum_of,
     with_at,
 )
+from planner.work import Passes, passes
 
 __all__ = [
     "ACTIVATIONS",
@@ -180,10 +181,14 @@ class Tape:
         shares_grad: bool = False,
         views_grad: bool = False,
         is_cached: bool = False,
+        product: Product | None = None,
+        num_dequantised: float = 0.0,
+        traffic: Size = ZERO,
     ) -> Tensor:
         """Append one operation and return its output.
 
-        `saves_weight` says that the backward needs a weight, which is there anyway and takes no room.
+        `saves_weight` says that the backward needs a weight, which is there anyway and takes no room. The last three
+        are Operation's: what takes time beyond moving its tensors.
         """
         needs_grad = weight_grad != ZERO or any(t.needs_grad for t in inputs)
         output = Tensor(size, width, category, needs_grad, is_cached=is_cached)
@@ -209,6 +214,9 @@ class Tape:
                 needs_saved,
                 shares_grad,
                 views_grad,
+                product=product,
+                num_dequantised=num_dequantised,
+                traffic=traffic,
             )
         )
         return output
@@ -290,6 +298,11 @@ class Tape:
             recompute=Peaks(pruned(recompute)),
             made=tuple(backward.made),
         )
+
+    def passes(self, *, is_checkpointed: bool = False, is_reentrant: bool = False) -> Passes:
+        """What the operations do; `is_reentrant` chooses how a checkpoint is recomputed."""
+        again = len(self.operations) if is_reentrant else self._recompute_end()
+        return passes(self.operations, again if is_checkpointed else 0)
 
     def _saves(self, tensors: Iterable[Tensor]) -> bool:
         saved = {id(tensor) for op in self.operations for tensor in op.saves}

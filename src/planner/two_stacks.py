@@ -20,12 +20,14 @@ from planner.tape import (
     ZERO,
     BlockMemory,
     Size,
+    Tape,
     Tensor,
     constant,
     per_pair,
     per_square,
     per_token,
 )
+from planner.work import Passes
 
 INDEX_WIDTH = 8
 """Bytes of an int64."""
@@ -110,13 +112,46 @@ def stack_layer_memory(
     layer: LayerSpec, hidden_size: int, recipe: Recipe, place: Place, width: int
 ) -> BlockMemory:
     """One layer of either stack: what it saves, and its peaks."""
+    return _recorded(layer, hidden_size, recipe, place, width).play(
+        is_checkpointed=recipe.checkpointed, is_reentrant=recipe.reentrant, step_factor=recipe.step_factor
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def stack_layer_work(layer: LayerSpec, hidden_size: int, recipe: Recipe, place: Place, width: int) -> Passes:
+    """What the same layer computes and moves."""
+    tape = _recorded(layer, hidden_size, recipe, place, width)
+    return tape.passes(is_checkpointed=recipe.checkpointed, is_reentrant=recipe.reentrant)
+
+
+def two_stack_work(
+    model: ModelSpec, recipe: Recipe, masked: tuple[bool, ...]
+) -> tuple[list[tuple[int, Passes]], int]:
+    """Each layer's kind and work in order, encoder first, and the width of what the last one gives."""
+    found: list[tuple[int, Passes]] = []
+    kinds, width, source = model.sequence, recipe.stream, 0
+    sides = [model.layers[kind].side for kind in kinds]
+    for position, kind in enumerate(kinds):
+        is_first = position == 0 or sides[position] != sides[position - 1]
+        if is_first:
+            source = _source_width(model, recipe, width) if position else 0
+            width = recipe.stream
+        is_last = position + 1 == len(kinds) or sides[position] != sides[position + 1]
+        place = Place(is_first=is_first, is_last=is_last, source_width=source)
+        alike = replace(model.layers[kind], count=1)
+        own = replace(recipe, is_masked=masked[kind])
+        work = stack_layer_work(alike, model.hidden_size, own, place, width)
+        found.append((kind, work))
+        width = work.output_width
+    return found, width
+
+
+def _recorded(layer: LayerSpec, hidden_size: int, recipe: Recipe, place: Place, width: int) -> Tape:
     block = StackBlock(recipe, place, hidden_size)
     needs_grad = not place.is_first or recipe.trains_base or recipe.has_first_grad
     stream = block.tape.input(per_token(width * hidden_size), width, needs_grad=needs_grad)
     block.layer(stream, layer, hidden_size)
-    return block.tape.play(
-        is_checkpointed=recipe.checkpointed, is_reentrant=recipe.reentrant, step_factor=recipe.step_factor
-    )
+    return block.tape
 
 
 def entry_memory(model: ModelSpec, recipe: Recipe) -> BlockMemory:
