@@ -37,7 +37,10 @@ BART = {
     "vocab_size": 512,
     "max_position_embeddings": 128,
 }
-every_model = pytest.mark.parametrize("config", [T5, TIED_T5, BART], ids=["t5", "tied-t5", "bart"])
+MT5 = {**T5, "model_type": "mt5"}
+every_model = pytest.mark.parametrize(
+    "config", [T5, TIED_T5, MT5, BART], ids=["t5", "tied-t5", "mt5", "bart"]
+)
 MACHINE = Machine(gpu=find_gpu("rtx-4090"))
 
 

@@ -62,7 +62,7 @@ def load_config(setup: TrainSetup, weights: Path | None) -> Any:
 
     Raises ConfigError where transformers can't read it, or where it needs code that nobody has trusted.
     """
-    values = _config_values(setup) if weights is None else hub.read_config(weights / "config.json")
+    values = _config_values(setup, weights)
     refuse_code(values, AUTO_CLASSES[setup.objective], setup.model_label)
     try:
         if weights is not None:
@@ -79,7 +79,9 @@ def load_config(setup: TrainSetup, weights: Path | None) -> Any:
     return config
 
 
-def _config_values(setup: TrainSetup) -> Mapping[str, Any]:
+def _config_values(setup: TrainSetup, weights: Path | None) -> Mapping[str, Any]:
+    if weights is not None:
+        return hub.read_config(weights / "config.json")
     if isinstance(setup.model, Mapping):
         return setup.model
     # The planner's names and its checks of a config.json hold here too.
@@ -100,7 +102,9 @@ def build_model(
     config = load_config(setup, weights)
     # A scratch folder may hold a config alone; its weights, if any, are not wanted.
     source = None if setup.from_scratch or meta else weights
-    model = _base_model(setup, config, source, torch.device("meta") if meta else torch.device(device), meta)
+    place = torch.device("meta") if meta else torch.device(device)
+    is_untied = _config_values(setup, weights).get("tie_word_embeddings") is False
+    model = _base_model(setup, config, source, place, meta, is_untied=is_untied)
     if setup.quant:
         _keep_trainable(model)
     if setup.quant and setup.kbit_upcast:
@@ -113,7 +117,13 @@ def build_model(
 
 
 def _base_model(
-    setup: TrainSetup, config: Any, source: Path | None, device: torch.device, meta: bool
+    setup: TrainSetup,
+    config: Any,
+    source: Path | None,
+    device: torch.device,
+    meta: bool,
+    *,
+    is_untied: bool,
 ) -> nn.Module:
     auto_class = getattr(transformers, AUTO_CLASSES[setup.objective])
     attention = _buildable_attention(setup, auto_class, config) if meta else ATTENTION[setup.attention]
@@ -127,7 +137,7 @@ def _base_model(
         if source is None:
             with device:
                 model: nn.Module = auto_class.from_config(config, **options)
-                _match_checkpoint(setup, model, config)
+                _match_checkpoint(setup, model, is_untied=is_untied)
             return quantise(setup, model, device) if setup.quant else model
         if setup.quant:
             options["quantization_config"] = quantisation_config(setup)
@@ -144,19 +154,18 @@ def _base_model(
     return model
 
 
-def _match_checkpoint(setup: TrainSetup, model: Any, config: Any) -> None:
+def _match_checkpoint(setup: TrainSetup, model: Any, *, is_untied: bool) -> None:
     """What from_pretrained makes of a checkpoint and from_config doesn't: T5's own head, and what stays in float32.
 
-    T5's config is always tied, whatever its config.json says; from_pretrained unties the head where the file has a matrix
-    for it (modeling_utils.py, tie_weights), and the outputs of such models aren't scaled.
+    T5's config is always tied; from_pretrained unties the head where the file has a matrix for it, which the
+    config.json says (modeling_utils.py, tie_weights).
     """
     head = model.get_output_embeddings()
-    is_untied = getattr(config, "scale_decoder_outputs", None) is False
     if is_untied and head is not None and head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
     wide = model._get_dtype_plan(torch_dtype(setup.weights_dtype))
     for name, parameter in model.named_parameters():
-        if config.is_encoder_decoder and any(part in name for part in wide):
+        if model.config.is_encoder_decoder and any(part in name for part in wide):
             parameter.data = parameter.data.float()
 
 
