@@ -21,3 +21,4 @@ show finefit fits rtx-4090
 show finefit plan "$model" --data "$data" --gpu local --max-steps 40 --out "$run/plan.yaml"
 show finefit bench "$run/plan.yaml" --steps 3 --results "$run/results.jsonl"
 show finefit train "$run/plan.yaml" --out "$run/train"
+show finefit report "$run/train" --html "$run/report.html"

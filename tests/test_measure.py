@@ -303,6 +303,7 @@ def test_a_cards_facts_come_only_with_a_run_on_it():
     script = script.replace('say("phase", name="done")', 'time.sleep(0.5); say("phase", name="done")')
     on_card = run_script(script, nvml=nvml_fakes.busy_card())
     assert on_card.device == "cuda" and "max_temperature_c" in on_card.environment
+    assert {"at_s", "phase", "rss_bytes", "device_bytes", "num_other_processes"} <= set(on_card.watched)
     assert "gpu_uuid" not in on_card.environment
     assert any("other process" in note for note in on_card.notes)
     assert "max_temperature_c" not in run_script(WHOLE_RUN, nvml=nvml_fakes.busy_card()).environment
@@ -352,6 +353,17 @@ class TestRealRuns:
         assert measured.phases["load"] < measured.phases["backward"] < measured.device_used_bytes
         assert 0 < measured.baseline_host_bytes < measured.device_used_bytes <= measured.host_bytes
         assert read_results(path) == ([record], [])
+        along = [max(values) for _, values in record.timeline]
+        assert [name for name, _ in record.timeline] == ["forward", "loss", "backward", "optimizer"]
+        assert max(along) == max(
+            measured.phases[name] for name in ("forward", "loss", "backward", "optimizer")
+        )
+        terms = measured.terms
+        assert terms["optimizer"] == pytest.approx(2 * terms["gradients"], rel=0.01)
+        assert terms["gradients"] == terms["adapters"]
+        assert terms["weights"] + terms["adapters"] == pytest.approx(measured.phases["load"], rel=0.02)
+        assert measured.eval_s > 0 and measured.save_s > 0 and measured.first_step_s > 0
+        assert record.watched["rss_bytes"] and record.protocol["ended_by"] == "steps"
 
     def test_data_of_the_plan_counts_real_tokens_only(self, tmp_path):
         pytest.importorskip("tokenizers")

@@ -233,12 +233,13 @@ def test_a_quiet_computer_raises_no_doubt(tmp_path):
 def test_everything_that_disturbs_is_named(tmp_path):
     clocks = "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
     throttles = "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"
-    before = {**host_files(busy=0, idle=0), clocks: "3000000", throttles: "4"}
+    energy = "sys/class/powercap/intel-rapl:0/energy_uj"
+    before = {**host_files(busy=0, idle=0), clocks: "3000000", throttles: "4", energy: "5000000"}
     after = host_files(busy=1500, idle=400, steal=100, job=500, waited_ns=2 * 10**9, faults=5000)
-    sampler = watch(tmp_path, before, {**after, clocks: "2000000", throttles: "6"})
+    sampler = watch(tmp_path, before, {**after, clocks: "2000000", throttles: "6", energy: "905000000"})
     facts = sampler.facts()
     assert facts["others_cpu_share"] == pytest.approx(0.5) and facts["steal_share"] == pytest.approx(0.05)
-    assert facts["min_cpu_clock_hz"] == 2e9 and facts["cpu_throttles"] == 2
+    assert facts["min_cpu_clock_hz"] == 2e9 and facts["cpu_throttles"] == 2 and facts["cpu_energy_j"] == 900
     doubts = " ".join(sampler.doubts())
     for words in (
         "used 50% of the processors",

@@ -23,7 +23,7 @@ from bench.store import Measured
 from bench.watched import Watched
 from planner.units import format_bytes, format_duration
 
-POLL_S = 0.05
+POLL_S = 0.1
 STDERR_TAIL_CHARS = 4000
 CRASH_SIGNALS = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP", "SIGSYS")
 """Signals that a process brings upon itself; others come from outside."""

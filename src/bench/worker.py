@@ -238,7 +238,10 @@ class Worker:
         self.emit("timeline", stretches=timeline.to_json(timeline.thin(log.stretches)))
 
     def trace_on_card(self, log: StepLog) -> None:
-        """One more step, with the allocator asked after each operator; kernels that refuse that cost the picture only."""
+        """One more step, with the allocator asked after each operator.
+
+        The measurement is done by now: a kernel that can't be watched so costs the picture, and the record says it.
+        """
         from bench.meters import AllocatedAfterEach
 
         batch = worst_batch(self.data, self.device)
@@ -246,7 +249,11 @@ class Worker:
         try:
             with AllocatedAfterEach(self.device, log):
                 self.step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
-        except NotImplementedError as error:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            log.stretches.clear()
+            self.optimizer.zero_grad(set_to_none=True)
             self.emit("note", text=f"no memory along the step: {_one_line(error)}")
 
     def note_gradients(self, model: Any) -> None:

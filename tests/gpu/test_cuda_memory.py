@@ -79,6 +79,21 @@ def test_context_is_of_the_published_size(verification):
     assert abs(verification.context_bytes / published - 1) < CONTEXT_BAND
 
 
+def test_memory_along_the_step_is_the_allocators():
+    from bench.measure import measure
+    from bench.protocol import StepProtocol
+    from bench.verify import TINY
+    from planner.setup import TrainSetup
+
+    setup = TrainSetup(model=TINY, from_scratch=True, method="lora", seq_len=512)
+    record = measure(setup, protocol=StepProtocol.of(warmup=2, steps=5), timeout_s=300)
+    assert record.outcome == "ok", record.stderr_tail
+    assert [name for name, _ in record.timeline] == ["forward", "loss", "backward", "optimizer"]
+    highest = max(max(values) for _, values in record.timeline)
+    assert 0.5 * record.measured.peak_allocated_bytes < highest <= record.measured.peak_allocated_bytes
+    assert record.watched["device_bytes"] and record.measured.energy_per_step_j
+
+
 def test_a_plan_too_large_for_the_card_ends_as_out_of_memory():
     from bench.measure import measure
     from bench.protocol import StepProtocol
