@@ -196,7 +196,7 @@ def _log_ratio(run: Timed, reached: Efficiency) -> float:
 
 def _errors(runs: Sequence[Timed], classes: dict[tuple[str, str], Efficiency]) -> list[Errors]:
     """Every run's error with its project left out of the fit, and by the nearest other class."""
-    rows: dict[tuple[Kind, str, str, bool], tuple[list[float], list[float]]] = {}
+    rows: dict[tuple[Kind, str, str], tuple[list[float], list[float]]] = {}
     for project in sorted({project_of(run.source) for run in runs}):
         kept = [run for run in runs if project_of(run.source) != project]
         touched = {_key(run) for run in runs if project_of(run.source) == project}
@@ -209,11 +209,10 @@ def _errors(runs: Sequence[Timed], classes: dict[tuple[str, str], Efficiency]) -
             kind=kind,
             source=source,
             model=model,
-            is_whole=is_whole,
             held_out=tuple(sorted(held)),
             elsewhere=tuple(sorted(away)),
         )
-        for (kind, source, model, is_whole), (held, away) in rows.items()
+        for (kind, source, model), (held, away) in rows.items()
     ]
 
 
@@ -224,7 +223,7 @@ def _near(touched: set[tuple[str, str]], runs: Sequence[Timed]) -> set[tuple[str
 
 
 def _note(
-    rows: dict[tuple[Kind, str, str, bool], tuple[list[float], list[float]]],
+    rows: dict[tuple[Kind, str, str], tuple[list[float], list[float]]],
     run: Timed,
     table: dict[tuple[str, str], Efficiency],
     classes: dict[tuple[str, str], Efficiency],
@@ -238,7 +237,7 @@ def _note(
     assert rates is not None
     assert others is not None
     ratio, labels = run.log_ratio(rates)
-    lists = rows.setdefault((labels, run.source, run.model_name, run.is_whole), ([], []))
+    lists = rows.setdefault((labels, run.source, run.model_name), ([], []))
     lists[0].append(round(ratio, DECIMALS))
     lists[1].append(round(run.log_ratio(others)[0], DECIMALS))
 

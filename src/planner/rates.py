@@ -125,12 +125,15 @@ class Efficiency:
     def words(self) -> str:
         """Where they come from, for people."""
         projects = "one project" if len(self.sources) == 1 else f"{len(self.sources)} projects"
-        return f"{self.num_runs} published {self.stack} runs on {self.name} by {projects}"
+        return f"{self.num_runs} published runs on {self.name} by {projects}"
 
 
 FULL_RATE = 3.0
 """16-bit tensor FLOP/s over float32 FLOP/s from which a card's tensor cores accumulate in float32 at full rate: 4 on
 workstation and server cards of a generation, 2 where it is halved (GeForce)."""
+
+HALF = "half-rate"
+"""In the name of a class whose cards have it halved."""
 
 STACK_KINDS = {
     "pretraining": ("llm-foundry", "torchtitan", "fms-fsdp", "nanogpt", "lit-gpt", "languini", "composer"),
@@ -154,7 +157,7 @@ def class_name(gpu: GpuProfile) -> str:
     name = "sm_{}{}".format(*gpu.compute_capability)
     tensor, full = gpu.flops.get("float16"), gpu.flops.get("float32")
     is_halved = tensor is not None and full is not None and tensor / full < FULL_RATE
-    return f"{name} half-rate" if is_halved else name
+    return f"{name} {HALF}" if is_halved else name
 
 
 def rates_of(machine: Machine, setup: TrainSetup) -> Found | None:
@@ -210,14 +213,15 @@ def _shipped(own: str, ridge: float, kind: str) -> Efficiency:
 def nearest(own: str, ridge: float, kind: str, known: Iterable[Efficiency]) -> Efficiency:
     """The most fitting of at least one for a card of class `own` with `ridge` FLOPs per byte.
 
-    Its own class, then stacks of the same kind, then FLOPs per byte most alike.
+    Its own class, then stacks of the same kind, halved rates or not, then FLOPs per byte most alike.
     """
 
-    def unlikeness(reached: Efficiency) -> tuple[bool, bool, bool, float]:
+    def unlikeness(reached: Efficiency) -> tuple[bool, bool, bool, bool, float]:
         # What a vendor tuned says little about any other stack.
         is_tuned = reached.stack == "vendor" != kind
         apart = abs(math.log(reached.flops_per_byte / ridge)) if 0 < ridge < math.inf else 0.0
-        return is_tuned, reached.name != own, reached.stack != kind, apart
+        is_half = own.endswith(HALF) != reached.name.endswith(HALF)
+        return is_tuned, reached.name != own, reached.stack != kind, is_half, apart
 
     return min(known, key=unlikeness)
 

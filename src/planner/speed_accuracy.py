@@ -23,7 +23,7 @@ from planner.rates import Rates, class_name, rates_of, stack_kind
 from planner.setup import TrainSetup
 from planner.specs import Machine
 from planner.throughput import TimeModel
-from planner.timing import LEVEL, Errors, Kind, distribution, kind_of, published_errors
+from planner.timing import Errors, Kind, interval, kind_of, published_errors
 
 DECIMALS = 4
 """Of the log ratios."""
@@ -32,7 +32,7 @@ PASSES_ONLY = "forward+backward"
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """A published run that finefit can predict. `is_whole`: its source states the batch, too."""
+    """A published run that finefit can predict."""
 
     id: str
     source: str
@@ -42,7 +42,6 @@ class Timed:
     run: Run
     measured_s: float
     covers: str
-    is_whole: bool
 
     def seconds(self, rates: Rates) -> tuple[float, Kind]:
         """What the measurement covers, predicted with some rates, and the prediction's kind."""
@@ -98,7 +97,6 @@ def timed(case: Mapping[str, Any]) -> Timed:
         run=owner.run,
         measured_s=tokens / measured["tokens_per_s_per_gpu"],
         covers=measured.get("covers", "step"),
-        is_whole=not any("micro-batch" in words for words in case.get("assumed", ())),
     )
 
 
@@ -186,7 +184,7 @@ def _held_out(rows: Sequence[Errors]) -> dict[Group, list[_Held]]:
     for row in rows:
         others = [other for other in rows if other.project != row.project]
         is_own = any(other.kind.hardware == row.kind.hardware for other in others)
-        low, high = distribution(others, row.kind, is_own=is_own).interval(LEVEL)
+        low, high = interval(others, row.kind, is_own=is_own)
         group = Group(row.kind.hardware, row.kind.stack, row.kind.method)
         found.setdefault(group, []).extend(
             _Held(abs(math.expm1(-ratio)), low <= ratio <= high, math.exp(high) - math.exp(low))

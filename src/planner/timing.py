@@ -52,13 +52,11 @@ class Errors:
     """Runs of one kind and model from one source: logarithms of measured over predicted time.
 
     `held_out`: with efficiencies that were fitted without the source; `elsewhere`: with those of the nearest other class.
-    `is_whole`: the source states the whole configuration; other runs set no interval.
     """
 
     kind: Kind
     source: str
     model: str
-    is_whole: bool
     held_out: tuple[float, ...]
     elsewhere: tuple[float, ...]
 
@@ -104,7 +102,7 @@ def _errors(row: Mapping[str, Any]) -> Errors:
 
 def distribution(rows: Iterable[Errors], kind: Kind, *, is_own: bool) -> Distribution:
     """The conformal distribution of the log ratio of a new run; `is_own`: its hardware class has runs."""
-    rings, left = [], [row for row in rows if row.is_whole]
+    rings, left = [], list(rows)
     for circle in CIRCLES:
         wanted = circle(kind)
         ring = [row for row in left if circle(row.kind) == wanted]
@@ -122,12 +120,18 @@ def _clusters(ring: Sequence[Errors], *, is_own: bool) -> list[list[float]]:
     return [values for values in clusters.values() if values]
 
 
+def interval(rows: Sequence[Errors], kind: Kind, *, is_own: bool) -> tuple[float, float]:
+    """Of the log ratio of a new run; a card without a class of its own may have either kind of error."""
+    sets = (True,) if is_own else (True, False)
+    ends = [distribution(rows, kind, is_own=own).interval(LEVEL) for own in sets]
+    return min(low for low, _ in ends), max(high for _, high in ends)
+
+
 @functools.cache
 def ratios(kind: Kind, is_own: bool) -> tuple[float, float]:
-    """The interval of measured over predicted time; a card without a class of its own has both kinds of errors."""
-    sets = (True,) if is_own else (True, False)
-    ends = [distribution(published_errors(), kind, is_own=own).interval(LEVEL) for own in sets]
-    return math.exp(min(low for low, _ in ends)), math.exp(max(high for _, high in ends))
+    """The interval of measured over predicted time."""
+    low, high = interval(published_errors(), kind, is_own=is_own)
+    return math.exp(low), math.exp(high)
 
 
 class Clock:
