@@ -20,6 +20,7 @@ from bench.cli import run
 from bench.jobs import FakeExecutor
 from bench.measure import measure
 from bench.protocol import StepProtocol
+from bench.report.content import Report
 from bench.report.money_figures import Offer, pareto
 from bench.report.page import to_html, to_markdown
 from bench.report.results import bench_command_of, results_report
@@ -91,9 +92,15 @@ class Page(HTMLParser):
             assert not name.startswith("on"), "a handler runs code"
 
 
-def test_a_sweep_s_report_answers_first_and_fetches_nothing(swept):
-    report = results_report(swept, [], "results.jsonl", "made")
-    html = to_html(report)
+@pytest.fixture(scope="module")
+def drawn(swept) -> tuple[Report, str]:
+    """A sweep's report, and its page with rendered pictures."""
+    report = results_report(swept, ["r:2: left out: torn"], "results.jsonl", "made")
+    return report, to_html(report)
+
+
+def test_a_sweep_s_report_answers_first_and_fetches_nothing(drawn, swept):
+    report, html = drawn
     page = Page(html)
     body = re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
     assert body.index(report.question) < body.index(report.answer[:40]) < body.index("<svg")
@@ -103,8 +110,8 @@ def test_a_sweep_s_report_answers_first_and_fetches_nothing(swept):
     assert "out of memory" in html and bench_command_of(swept[0]) in html
 
 
-def test_references_inside_the_pictures_stay_their_own(swept):
-    html = to_html(results_report(swept, [], "r", "made"))
+def test_references_inside_the_pictures_stay_their_own(drawn):
+    _, html = drawn
     defined = set(re.findall(r'id="([^"]+)"', html))
     used = set(re.findall(r"url\(#([^)]+)\)", html)) | set(re.findall(r'xlink:href="#([^"]+)"', html))
     assert used <= defined
@@ -293,8 +300,8 @@ PROBE = """<script>addEventListener("load", () => {
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.parametrize("width", [360, 800, 1280])
-def test_a_browser_shows_it_without_errors_or_overflow(width, tmp_path, swept):
-    html = to_html(results_report(swept, ["r:2: left out: torn"], "r", "made"))
+def test_a_browser_shows_it_without_errors_or_overflow(width, tmp_path, drawn):
+    _, html = drawn
     (tmp_path / "page.html").write_text(html)
     (tmp_path / "probe.html").write_text(
         re.sub(r"<meta http-equiv[^>]*>", "", html).replace("</body>", PROBE)

@@ -259,29 +259,22 @@ def _check_keys(values: Mapping[str, Any], cls: type, required: tuple[str, ...] 
 def check_plain(value: Any, where: str = "record", depth: int = 0) -> None:
     """Refuse what no run measures and other programs can't read: infinities, integers beyond 64 bits, deep nesting.
 
-    Raises ValueError that says where. Long lists of figures, of which a record mostly consists, are judged at once.
+    `value` is what json.loads gave. Raises ValueError that says where.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"{where[:60]}: nested too deeply for a record")
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = ((f"{where}.{key}", item) for key, item in value.items())
-    elif isinstance(value, list) and not set(map(type, value)) <= _FIGURES:
-        items = ((where, item) for item in value)
-    for place, item in items:
-        check_plain(item, place, depth + 1)
-    figures = value if isinstance(value, list) else (value,)
-    if any(not -MAX_NUMBER <= edge <= MAX_NUMBER for edge in _edges(figures)):
+    items = value.values() if type(value) is dict else value if type(value) is list else (value,)
+    numbers = [item for item in items if type(item) in (int, float)]
+    if numbers and not (min(numbers) >= -MAX_NUMBER and max(numbers) <= MAX_NUMBER):
         raise ValueError(f"{where}: a figure this large is no measurement")
-
-
-_FIGURES = frozenset((int, float, bool, type(None)))
-
-
-def _edges(values: Sequence[Any]) -> tuple[float, ...]:
-    """The least and the greatest number among values."""
-    numbers = [value for value in values if type(value) in (int, float)]
-    return (min(numbers), max(numbers)) if numbers else ()
+    if type(value) is dict:
+        for key, item in value.items():
+            if type(item) in (dict, list):
+                check_plain(item, f"{where}.{key}", depth + 1)
+    elif len(numbers) < len(items):
+        for item in items:
+            if type(item) in (dict, list):
+                check_plain(item, where, depth + 1)
 
 
 def _texts(values: Mapping[str, Any], key: str) -> tuple[str, ...]:
