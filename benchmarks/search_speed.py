@@ -13,8 +13,8 @@ measures its neighbours; the search runs on one core.
 Data: `finefit plan` from the shell on 50,000 generated rows, start of Python, reading, tokenising a sample, search and
 writing the plan included.
 
-The last line is one JSON object; exit code 3 when a million setups would take more than 5 seconds at the rate of `clouds`, or
-the data more than 3.
+The last line is one JSON object; exit code 3 when a million candidates (setups with their offers) would take more than 5
+seconds at the rate of `clouds`, or the data more than 3.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def main() -> None:
     print(json.dumps(found))
     clouds = found["clouds"]
     is_slow = (
-        clouds["cpu_s"] / clouds["setups"] * MILLION > MOST_SEARCH_S or found["data"]["cpu_s"] > MOST_DATA_S
+        clouds["cpu_s"] / clouds["with_offers"] * MILLION > MOST_SEARCH_S
+        or found["data"]["cpu_s"] > MOST_DATA_S
     )
     sys.exit(3 if is_slow else 0)
 
@@ -177,15 +178,17 @@ def run_child(name: str) -> dict[str, Any]:
 def format_report(found: dict[str, dict[str, Any]], repetitions: int) -> str:
     """The committed report."""
     lines = [
-        "| question | machines | setups decided | with offers | peaks computed | times computed | CPU s (least to most) | µs per setup |",
+        "| question | machines | setups decided | with offers | peaks computed | times computed | CPU s (least to most) | "
+        "s per million with offers (setups alone) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in QUESTIONS:
         row = found[name]
         spread = f"{row['cpu_s']:.2f} ({row['least_s']:.2f} to {row['most_s']:.2f})"
+        each, alone = (row["cpu_s"] * MILLION / row[count] for count in ("with_offers", "setups"))
         lines.append(
             f"| {name} | {row['machines']} | {row['setups']:,} | {row['with_offers']:,} | {row['peaks']:,} | "
-            f"{row['times']:,} | {spread} | {1e6 * row['cpu_s'] / row['setups']:.2f} |"
+            f"{row['times']:,} | {spread} | {each:.1f} ({alone:.1f}) |"
         )
     data = found["data"]
     body = (__doc__ or "").split("\n\n", 2)[2].partition("The last line")[0].strip()
@@ -193,7 +196,7 @@ def format_report(found: dict[str, dict[str, Any]], repetitions: int) -> str:
         "# Speed of the search\n\n"
         f"Made by `python benchmarks/search_speed.py --repetitions {repetitions} --report …`.\n\n"
         + "\n".join(lines)
-        + f"\n\nMust reach: a million setups in at most {MOST_SEARCH_S:g} s on one core.\n\n"
+        + f"\n\nMust reach: a million candidates (setups with their offers) in at most {MOST_SEARCH_S:g} s on one core.\n\n"
         f"`finefit plan {DATA_MODEL} --gpu rtx-4090 --data FILE` with {data['rows']:,} rows: {data['cpu_s']:.2f} CPU-seconds "
         f"({data['least_s']:.2f} to {data['most_s']:.2f}). Must reach: at most {MOST_DATA_S:g} s.\n\n{body}\n\n"
         f"Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPUs.\n"
