@@ -6,10 +6,10 @@ A strategy's `buffers` is a function from what is exchanged (`Exchanged`) to wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from planner.zero_replay import MOMENTS, Passes, Reductions, gathered, reduced
+from planner.zero_replay import MOMENTS, Passes, Reductions, backward_reductions, gathered
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +216,7 @@ def _zero2(exchanged: Exchanged) -> Buffers:
     the first reduction the tensors of this rank's share are made, for all of it.
     """
     bucket = ZERO.bucket * exchanged.weight_width
-    reductions = reduced(exchanged.passes().gradients, ZERO.bucket)
+    reductions = backward_reductions(exchanged.passes(), ZERO.bucket)
     share = exchanged.gradients_bytes / exchanged.ranks
     moments = [cause.moment for _, cause in reductions.each]
     unmade = [share * all(MOMENTS.index(m) > number for m in moments) for number in (1, 2)]
@@ -228,7 +228,7 @@ def _zero2(exchanged: Exchanged) -> Buffers:
         first_layer_backward=bucket - unmade[1],
         embedding_backward=bucket + _embedding_reduction(exchanged, reductions, share),
         optimizer=_zero_optimizer(exchanged),
-        copies=copies,
+        copies=_distinct(copies),
     )
 
 
@@ -238,6 +238,11 @@ def _copies(exchanged: Exchanged, reductions: Reductions, held: float) -> tuple[
         Copy(cause.moment, cause.made, held + elements * exchanged.weight_width)
         for elements, cause in reductions.each
     )
+
+
+def _distinct(copies: Iterable[Copy]) -> tuple[Copy, ...]:
+    """Equal layers are reduced alike."""
+    return tuple(dict.fromkeys(copies))
 
 
 def _embedding_reduction(exchanged: Exchanged, reductions: Reductions, share: float = 0.0) -> float:
@@ -267,7 +272,7 @@ def _zero3(exchanged: Exchanged) -> Buffers:
     width = exchanged.weight_width
     passes = exchanged.passes()
     live = gathered(passes, reuse=ZERO.reuse, prefetch=ZERO.prefetch)
-    reductions = reduced(passes.gradients, ZERO.bucket)
+    reductions = backward_reductions(passes, ZERO.bucket)
     copies = _copies(exchanged, reductions, 0.0)
     # Of one embedding's gradient the step counts itself.
     table = _embedding_reduction(exchanged, reductions) - exchanged.table.reduced
@@ -285,7 +290,7 @@ def _zero3(exchanged: Exchanged) -> Buffers:
         eval_gather=live["eval_gather"],
         eval=live["eval"],
         eval_loss=live["eval_loss"],
-        copies=tuple(replace(c, held=c.held + live[c.moment]) for c in copies if c.moment in live),
+        copies=_distinct(replace(c, held=c.held + live[c.moment]) for c in copies if c.moment in live),
     )
 
 

@@ -14,7 +14,7 @@ import functools
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 MOMENTS = ("head_backward", "last_layer_backward", "first_layer_backward", "embedding_backward")
@@ -51,6 +51,15 @@ class Passes:
     training: tuple[Call, ...]
     evaluation: tuple[Call, ...]
     gradients: tuple[Gradient, ...]
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Hash once: thousands of calls, by which what follows from them is remembered."""
+        object.__setattr__(self, "_hash", hash((self.sizes, self.training, self.evaluation, self.gradients)))
+
+    def __hash__(self) -> int:
+        """Equal passes have equal hashes."""
+        return self._hash
 
 
 @functools.lru_cache(maxsize=256)
@@ -80,6 +89,11 @@ class Reductions:
 
 
 @functools.lru_cache(maxsize=256)
+def backward_reductions(passes: Passes, bucket: int) -> Reductions:
+    """What the backward of those passes reduces."""
+    return reduced(passes.gradients, bucket)
+
+
 def reduced(gradients: tuple[Gradient, ...], bucket: int) -> Reductions:
     """The reductions of a backward that makes `gradients` in order.
 
