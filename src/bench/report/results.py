@@ -88,7 +88,7 @@ def machine_doubts(runs: Sequence[Measurement]) -> list[str]:
 
 
 def _question(runs: Sequence[Measurement], best: Measurement) -> str:
-    if len({run.setup_id for run in runs}) == 1:
+    if _is_single(runs):
         return f"Does {label(best.setup)} run on {clip(best.gpu)}, how fast, and was the prediction right?"
     return f"Which of {len(runs)} runs is the fastest on {clip(best.gpu)}, and were the predictions right?"
 
@@ -99,15 +99,20 @@ def _answer(runs: Sequence[Measurement], best: Measurement) -> str:
     count = f" {outcomes['ok']} of {len(runs)} runs ended well{others}." if len(runs) > 1 else ""
     if best.outcome != "ok":
         return f"No: {best.outcome} in phase {clip(best.last_phase)}: {clip(best.error)}.{count}"
+    lead = "Yes" if _is_single(runs) else f"{label(best.setup)} is the fastest"
     measured = best.measured
-    speed = "" if measured.tokens_per_s is None else f", {measured.tokens_per_s:,.0f} tokens/s"
-    step = "" if measured.step_s is None else f" in {format_duration(measured.step_s)} a step"
-    peak = (
-        ""
+    parts = (
+        None if measured.step_s is None else f"{format_duration(measured.step_s)} a step",
+        None if measured.tokens_per_s is None else f"{measured.tokens_per_s:,.0f} tokens/s",
+        None
         if measured.peak_allocated_bytes is None
-        else f"; it needs {size(measured.peak_allocated_bytes)} of live tensors"
+        else f"{size(measured.peak_allocated_bytes)} of live tensors{_was_right(best)}",
     )
-    return f"{label(best.setup)}{step}{speed}{peak}{_was_right(best)}.{count}"
+    return f"{lead}: {', '.join(part for part in parts if part)}.{count}"
+
+
+def _is_single(runs: Sequence[Measurement]) -> bool:
+    return len({run.setup_id for run in runs}) == 1
 
 
 def _was_right(best: Measurement) -> str:
