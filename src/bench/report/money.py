@@ -124,5 +124,5 @@ def _notes(table: CostTable, offers: Sequence[Offer], what: str) -> list[str]:
         lines.append("Your own machine's cost is unknown: its power or its speed isn't known.")
     return [
         *lines,
-        f"Assumed: {'; '.join(table.assumptions)}. `finefit costs` has every offer with its date and source.",
+        f"Assumed: {'; '.join(table.assumptions)}. The command finefit costs has every offer with its date and source.",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -99,10 +100,10 @@ def cost_bars(offers: Sequence[Offer], currency: str) -> Figure | None:
         for i, offer in enumerate(shown):
             width = max(offer.high - offer.low, 0.01 * max(o.high for o in shown))
             axes.barh(i, width, 0.7, left=offer.low, color=MEASURED if offer.is_own else PREDICTED)
-        axes.set_yticks(range(len(shown)), [short(o.name) for o in shown])
+        axes.set_yticks(range(len(shown)), [textwrap.fill(short(o.name), 26) for o in shown])
         axes.invert_yaxis()
         axes.set_xlim(0, None)
-        axes.set_xlabel(f"{currency} for the run, lowest to highest")
+        axes.set_xlabel(f"{currency}, from low to high")
         axes.grid(axis="y", visible=False)
 
     words = [f"{o.name} {o.low:.2f} to {o.high:.2f}" for o in shown]
@@ -111,5 +112,5 @@ def cost_bars(offers: Sequence[Offer], currency: str) -> Figure | None:
         title,
         f"{title}, cost in {currency}: {'; '.join(words)}.",
         fill,
-        height_inches=1.0 + 0.28 * len(shown),
+        height_inches=1.0 + 0.34 * len(shown),
     )
