@@ -150,3 +150,49 @@ def test_packed_linears_keep_the_float32_of_autocasts_layer_norm(config, quant, 
     inputs = [layers.memories[number].input for number in layers.order]
     assert inputs == [per_token_size(H * width) for width in widths]
     assert layers.whole.inputs == per_token_size(H * sum(widths))
+
+
+def test_a_single_key_head_is_a_view_for_the_masked_kernel():
+    """transformers' repeat_kv expands it; several heads are copied out."""
+    config = {**PHI3, "model_type": "gemma", "head_dim": 64}
+    one, two = (
+        sum(size[1] for size in saved)
+        for heads in (1, 2)
+        for layer, recipe in [parts({**config, "num_key_value_heads": heads}, attention="sdpa", packing=True)]
+        for saved in [layer_memory(layer, H, replace(recipe, is_masked=True)).saved]
+    )
+    assert two - one == 2 * 2 * 64 * (HEADS - 1)
+
+
+def test_granites_recomputation_has_the_multiples_gradient_beside_the_streams():
+    config = {**PHI3, "model_type": "granite", "num_key_value_heads": 2}
+    layer, recipe = parts(config, attention="sdpa", weights_dtype="float32", checkpointing="full")
+    plain = replace(layer, scales_updates=False)
+    scaled, bare = (layer_memory(x, H, recipe).recompute.at(4096, 1024) for x in (layer, plain))
+    assert sum(scaled.values()) - sum(bare.values()) == 4096 * 4 * H
+
+
+def test_gpt2_holds_attentions_output_while_the_feed_forward_part_works():
+    layer, recipe = parts(GPT2, attention="flash", checkpointing="full")
+    held, freed = (
+        sum(layer_memory(x, H, recipe).no_grad.at(4096, 1024).values())
+        for x in (layer, replace(layer, holds_attention=False))
+    )
+    assert held - freed == 4096 * 2 * H
+
+
+def test_8_bit_linears_keep_their_inputs_in_training_alone():
+    setup = TrainSetup(model=PHI3, method="qlora", quant="int8", checkpointing="full")
+    run = MemoryModel(setup, model_spec(PHI3)).run
+    training, evaluation = (run.layering(Shape(4096, 1024), evaluates=e).whole.kept for e in (False, True))
+    assert sum(training) > 0 == sum(evaluation)
+
+
+def test_full_layers_beside_sliding_ones_may_have_no_rotary_embedding():
+    config = {
+        **PHI3,
+        "model_type": "cohere2",
+        "sliding_window": 512,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    assert [layer.rotary for layer in model_spec(config).layers] == ["full", "none"]

@@ -89,6 +89,8 @@ class Backward:
         if op.weight_grad is not ZERO:
             before = self.made[-1][0] if self.made else ZERO
             self.made.append((add(before, op.weight_grad), self._snapshot()))
+        if op.copies_grad:
+            self.snapshots.append(with_at(self._snapshot(), GRADIENTS, op.weight_grad))
         if self.step_factor is not None and op.weight_grad is not ZERO:
             self.snapshots.append(
                 with_at(self._snapshot(), GRADIENTS, scale(op.weight_grad, self.step_factor))

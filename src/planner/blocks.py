@@ -62,18 +62,26 @@ class Block(Linears):
         if layer.wiring == "post":
             return self._post(stream, layer, hidden_size)
         for part in self.parts(layer):
-            hidden = stream
+            given = hidden = stream
             if layer.wiring != "reordered":
                 hidden = self.norm(hidden, hidden_size, layer.norm)
             hidden = part(hidden, layer, hidden_size)
             if layer.wiring != "pre":
                 hidden = self.norm(hidden, hidden_size, layer.norm)
-            stream = self.residual(stream, hidden, hidden_size)
+            stream = self._updated(given, hidden, layer, hidden_size)
+            if layer.holds_attention and part == self.attention:
+                self.tape.hold_to_end(hidden)
         return stream
 
     def parts(self, layer: LayerSpec) -> tuple[Part, ...]:
         """What is added to the stream, one after the other."""
         return self.attention, self.feed_forward
+
+    def _updated(self, stream: Tensor, update: Tensor, layer: LayerSpec, hidden_size: int) -> Tensor:
+        """The residual stream with what a part gives, or its multiple."""
+        if layer.scales_updates:
+            update = self.tape.run([update], update.size, update.width)
+        return self.residual(stream, update, hidden_size)
 
     def _post(self, stream: Tensor, layer: LayerSpec, hidden_size: int) -> Tensor:
         """Each part's sum with the stream is normed."""
@@ -84,11 +92,14 @@ class Block(Linears):
 
     def _parallel(self, stream: Tensor, layer: LayerSpec, hidden_size: int) -> Tensor:
         """Attention and feed-forward part of the same stream, behind one norm or one each."""
-        first = self.norm(stream, hidden_size, layer.norm)
+        first = second = self.norm(stream, hidden_size, layer.norm)
+        if layer.num_norms > 1 and layer.norms_ahead:
+            second = self.norm(stream, hidden_size, layer.norm)
         context = self.attention(first, layer, hidden_size)
-        second = first if layer.num_norms == 1 else self.norm(stream, hidden_size, layer.norm)
+        if layer.num_norms > 1 and not layer.norms_ahead:
+            first = second = self.norm(stream, hidden_size, layer.norm)
         hidden = self.feed_forward(second, layer, hidden_size)
-        self.tape.hold(first, context)
+        self.tape.hold(first, second, context)
         return self.residual(stream, self.residual(context, hidden, hidden_size), hidden_size)
 
     def attention(self, x: Tensor, layer: LayerSpec, hidden_size: int) -> Tensor:
@@ -101,7 +112,7 @@ class Block(Linears):
             context = self.linear(context, roles["o"])
         if layer.dropout:
             context = self.dropped(context)
-        self.tape.hold(x, query, key, value, *others, *self.joint)
+        self.tape.hold(x, query, key, value, *others, *self.joint, *self.tape.variables)
         return context
 
     def _latent(self, x: Tensor, roles: dict[str, Matrix], layer: LayerSpec) -> tuple[Tensor, ...]:
@@ -129,7 +140,12 @@ class Block(Linears):
         if layer.rotary == "none":
             return query, key, value
         rotated = self._rotary(query, width_q), self._rotary(key, width_k)
+        if layer.rotary == "narrowed":
+            rotated = self.cast(rotated[0], query.width, width_q), self.cast(rotated[1], key.width, width_k)
         self.tape.hold(query, key)
+        if layer.scores == "wide":
+            # GPT-J rotates in its attention's own forward, where views of both stay.
+            self.tape.variables += (query, key)
         return *rotated, value
 
     def _projection(self, x: Tensor, roles: dict[str, Matrix], part: str) -> Tensor:
@@ -151,6 +167,10 @@ class Block(Linears):
         if recipe.attention == "flash" and layer.value_head_dim != layer.head_dim:
             return self._padded_flash(query, key, value, layer)
         kernel, width = self._chosen_kernel(layer)
+        if kernel in kernels.UNGROUPED:
+            key, value = kernels.repeated(self.tape, key, value, layer)
+            layer = replace(layer, num_kv_heads=layer.num_heads)
+        given = key, value
         if recipe.attention != "eager":
             query, key, value = (
                 self.cast(t, width or t.width, t.gradient[1] / t.width) for t in (query, key, value)
@@ -165,7 +185,9 @@ class Block(Linears):
             drops=layer.attention_dropout and recipe.training,
             is_single=recipe.is_single,
         )
-        return kernel(self.tape, query, key, value, layer, how)
+        context = kernel(self.tape, query, key, value, layer, how)
+        self.tape.hold(*given)
+        return context
 
     def _padded_flash(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
         """Flash with values padded to the queries' heads; the context is cut in a copy (integrations/flash_attention.py)."""

@@ -107,6 +107,8 @@ class _Head(Linears):
             logits = self.tape.run([logits], narrow, width, saves_output=True, category=LOGITS)
             first = logits = self.tape.run([logits], narrow, width, category=LOGITS)
         if kind.ends_at_logits:
+            # The model's forward has it in a variable.
+            self.tape.hold(hidden)
             return
         if width != FULL_WIDTH:
             logits = self.tape.run([logits], wide, FULL_WIDTH, category=LOGITS)
@@ -136,10 +138,15 @@ class _Head(Linears):
         trains = recipe.trains_base and not kind.evaluates
         weight = constant(head.num_weights * recipe.weight) if trains else ZERO
         rows = ZERO if kind.evaluates else per_token(hidden.width * head.in_features)
-        copies = (recipe.weight != width) * (1 + trains) * width * head.num_weights
-        widened = FULL_WIDTH if kind.widens and width < FULL_WIDTH else 0
-        per_logit = width + widened + FULL_WIDTH * kind.num_slopes
-        chunk = kind.chunk_tokens * per_logit * head.out_features
+        temp = _chunk_bytes(head, kind, width, copies_rows=hidden.width != width)
+        temp += (recipe.weight != width) * width * head.num_weights
+        if not kind.evaluates:
+            product = (trains and recipe.weight != width) * width * head.num_weights
+            product = max(product, kind.chunk_tokens * width * head.in_features)
+            # By then a softcap's derivative alone is left of what it was made of.
+            done = FULL_WIDTH * max(0, kind.num_slopes - 1) * kind.chunk_tokens * head.out_features
+            temp += max(0, product - done)
+        per_logit = _bytes_per_logit(kind, width)
         num_products = 1 if kind.evaluates else 2 + trains
         weight_reads = num_products * width * head.num_weights / kind.chunk_tokens
         grads = self.tape.run(
@@ -147,7 +154,7 @@ class _Head(Linears):
             add(rows, weight),
             hidden.width,
             saves_output=True,
-            temp=constant(chunk + copies),
+            temp=constant(temp),
             weight_grad=weight,
             category=LOGITS,
             product=Product(flops=per_token(2.0 * num_products * head.num_weights), backward=0.0),
@@ -159,3 +166,14 @@ class _Head(Linears):
     def _hold_until_loss(self, tensor: Tensor) -> None:
         """A Python variable that keeps a tensor alive until the loss is there."""
         tensor.last_use = len(self.tape.operations)
+
+
+def _chunk_bytes(head: Matrix, kind: LossBytes, width: int, *, copies_rows: bool) -> int:
+    """A chunk's logits in all their dtypes, and its rows where the product takes another dtype than theirs."""
+    logits = _bytes_per_logit(kind, width) * head.out_features
+    return kind.chunk_tokens * (logits + copies_rows * width * head.in_features)
+
+
+def _bytes_per_logit(kind: LossBytes, width: int) -> int:
+    widened = FULL_WIDTH if kind.widens and width < FULL_WIDTH else 0
+    return width + widened + FULL_WIDTH * kind.num_slopes

@@ -61,6 +61,8 @@ def model_spec(
         num_rotary=dims.evaluate(fam["rotary"]),
         buffer_bytes=dims.evaluate(fam["buffers"]),
         norms_embeddings=fam["norms_embeddings"],
+        num_embedding_variables=fam["num_embedding_variables"],
+        scales_logits=fam["scales_logits"],
         returns_weights=fam["returns_weights"],
         makes_both_masks=fam["makes_both_masks"],
         final_norm=fam["final_norm"],
@@ -242,13 +244,16 @@ def _layer(
         causal=side == "decoder",
         qk_norm=fam["qk_norm"] if kind.mixer != "linear" and dims.evaluate(fam["qk_norm_if"]) else "none",
         scores="capped" if _given(fam, dims.config, "attn_logit_softcapping") else fam["scores"],
-        rotary=fam["rotary_kind"],
+        rotary=_rotary_kind(fam, dims, kind),
         dropout=any(_given(fam, dims.config, key) for key in fam["dropout_keys"]),
         attention_dropout=any(_given(fam, dims.config, key) for key in fam["attention_dropout_keys"]),
         inner_dropout=any(_given(fam, dims.config, key) for key in fam["inner_dropout_keys"]),
         position_bias=fam["position_bias"],
         hands_over_groups=fam["hands_over_groups"],
         always_masked=fam["always_masked"],
+        scales_updates=fam["scales_updates"],
+        holds_attention=fam["holds_attention"],
+        norms_ahead=fam["norms_ahead"],
         norm=fam["norm"],
         num_norms=dims.evaluate(fam["num_norms"]),
         wiring="parallel" if dims.evaluate(fam["parallel_if"]) else fam["wiring"],
@@ -259,6 +264,12 @@ def _layer(
         routing=fam["routing"],
         side=side,
     )
+
+
+def _rotary_kind(fam: Family, dims: Dimensions, kind: _Kind) -> str:
+    is_full = kind.mixer == "full" and dims["window"] > 0
+    named: str = fam["full_rotary_kind"] if is_full and "full_rotary_kind" in fam else fam["rotary_kind"]
+    return named
 
 
 def _given(fam: Family, config: Mapping[str, Any], key: str) -> Any:

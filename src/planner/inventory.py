@@ -131,7 +131,7 @@ def _take_inventory(kept: _Kept, model: ModelSpec) -> Inventory:
         # Master weights step with float32 gradients, which take the place of the narrower ones.
         step_bytes=max(
             round(optimizer.step_copies * _stepped_bytes(kept, stepped))
-            + max(optimizer.tensor_step_bytes(t.num_elements, t.width) for t in stepped),
+            + max(_tensor_steps(optimizer, stepped)),
             # The last gradient in 16 bits, whose float32 copy is there.
             2 * trained[-2].num_elements if has_master else 0,
         )
@@ -141,6 +141,15 @@ def _take_inventory(kept: _Kept, model: ModelSpec) -> Inventory:
         root_bytes=_root_params(model) * kept.width,
         trained_params=num_trained,
     )
+
+
+def _tensor_steps(optimizer: Optimizer, stepped: Iterable[TrainedTensor]) -> Iterator[int]:
+    """Bytes of each tensor's own step; one in float32 begins while a variable has the update of the one before."""
+    update = 0
+    for tensor in stepped:
+        yield optimizer.tensor_step_bytes(tensor.num_elements, tensor.width) + update
+        if tensor.num_elements and optimizer.tensor_copies:
+            update = 4 * tensor.num_elements
 
 
 def _stepped_bytes(kept: _Kept, stepped: Iterable[TrainedTensor]) -> int:

@@ -121,11 +121,15 @@ def _products(
     given, scores = query.width, _scores(layer, FULL_WIDTH)
     held = query, key, value
     query, key, value = (_widened(tape, t) for t in held)
-    query = tape.run([query], query.gradient, FULL_WIDTH)
+    scaled = query = tape.run([query], query.gradient, FULL_WIDTH)
     mask = tape.run([], mask_size, FULL_WIDTH)
     mask.needs_grad = False
-    key, value = expanded = repeated(tape, key, value, layer)
-    key = tape.run([key], key.size, FULL_WIDTH)
+    key, value = expanded = repeated(tape, key, value, layer, copies=True)
+    key = tape.run([key], key.gradient, FULL_WIDTH)
+    if not how.is_single:
+        # A product takes heads that lie beside each other, not tokens.
+        query = _copy(tape, query)
+        key, value = (t if layer.num_kv_heads != layer.num_heads else _copy(tape, t) for t in (key, value))
     weights = tape.run([query, key], scores, FULL_WIDTH, saves=[query, key], product=_scoring(layer))
     # _safe_softmax: a plain softmax and where scores are infinite, beside the result.
     extra = add(scores, _scores(layer, 1))
@@ -135,7 +139,7 @@ def _products(
     returned = tape.run([weights], _scores(layer, given) if given < FULL_WIDTH else ZERO, given)
     returned.needs_grad = False
     context = tape.run([weights, value], out, FULL_WIDTH, saves=[weights, value], product=_weighing(layer))
-    tape.hold(*held, *expanded, mask, returned)
+    tape.hold(*held, *expanded, scaled, mask, returned)
     if given == FULL_WIDTH:
         return context
     return tape.run([context], per_token(given * layer.num_heads * layer.value_head_dim), given)
@@ -213,7 +217,8 @@ def alibi_eager(
     masked = _masked(tape, scaled, layer, how)
     tape.hold(scaled)
     weights = _softmax(tape, masked, layer, given, how)
-    return _context(tape, weights, value, layer, how, (scaled, masked, *held))
+    tape.variables += (scaled, masked, *held)
+    return _context(tape, weights, value, layer, how, held)
 
 
 def falcon_eager(
@@ -255,6 +260,9 @@ def biased_eager(
     return _context(tape, weights, value, layer, how, held)
 
 
+UNGROUPED = (efficient, masked_efficient)
+"""Kernels that are given a key and a value for each query head."""
+
 EAGER: dict[str, Kernel] = {
     "plain": eager,
     "capped": eager,
@@ -277,7 +285,11 @@ def _operands(
 
 
 def _joined(tape: Tape, x: Tensor, how: Precision) -> Tensor:
-    return x if x.base is None or how.is_single else tape.run([x], x.gradient, x.width)
+    return x if x.base is None or how.is_single else _copy(tape, x)
+
+
+def _copy(tape: Tape, x: Tensor) -> Tensor:
+    return tape.run([x], x.gradient, x.width, shares_grad=True)
 
 
 def _scaled(tape: Tape, query: Tensor, key: Tensor, layer: LayerSpec) -> Tensor:
@@ -420,10 +432,14 @@ def _weighing(layer: LayerSpec) -> Product:
     return Product(flops=per_pair(2.0 * layer.num_heads * layer.value_head_dim))
 
 
-def repeated(tape: Tape, key: Tensor, value: Tensor, layer: LayerSpec) -> tuple[Tensor, Tensor]:
-    """Grouped heads copied out to as many as the queries have."""
+def repeated(
+    tape: Tape, key: Tensor, value: Tensor, layer: LayerSpec, *, copies: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Grouped heads for all of the queries': copied out; a single one is a view (transformers' repeat_kv) unless `copies`."""
     if layer.num_kv_heads == layer.num_heads:
         return key, value
     wide_key = per_token(key.width * layer.num_heads * layer.head_dim)
     wide_value = per_token(value.width * layer.num_heads * layer.value_head_dim)
+    if layer.num_kv_heads == 1 and not copies:
+        return tape.part(key, wide_key), tape.part(value, wide_value)
     return tape.run([key], wide_key, key.width), tape.run([value], wide_value, value.width)

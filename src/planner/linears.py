@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from planner.operations import Product
 from planner.pointwise import Norm, cast
 from planner.specs import Matrix
-from planner.tape import ACTIVATIONS, WORKSPACE, ZERO, Size, Tape, Tensor, constant, per_token, scale
+from planner.tape import (
+    ACTIVATIONS,
+    FULL_WIDTH,
+    WORKSPACE,
+    ZERO,
+    Size,
+    Tape,
+    Tensor,
+    constant,
+    per_token,
+    scale,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +42,7 @@ class Recipe:
     its output meanwhile, the default of transformers before 5. `has_first_grad`: the gradient of the first layer's
     input is computed though nothing before it trains. `step_factor`: each weight's gradient is used as soon as it is
     there, which takes that many times its bytes (Tape.play). `training`: dropouts drop; `copies_weights`: autocast narrows weights that the ranks haven't gathered narrow.
-    `is_single`: the micro-batch is one row; `flattens`: flash attention is given its documents one after the other, in
+    `accumulates`: gradients are added to those of the micro-batch before. `is_single`: the micro-batch is one row; `flattens`: flash attention is given its documents one after the other, in
     copies (modeling_flash_attention_utils.py, _prepare_from_posids).
     """
 
@@ -61,6 +72,7 @@ class Recipe:
     step_factor: float | None = None
     training: bool = True
     is_single: bool = False
+    accumulates: bool = False
     copies_weights: bool = True
     flattens: bool = False
 
@@ -127,10 +139,16 @@ class Linears:
 
     def _grouped_product(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
         """torch's grouped product, which autocast doesn't know: in the experts' dtype (integrations/moe.py)."""
-        x = self.cast(x, self.recipe.weight, matrix.in_features * share)
+        recipe = self.recipe
+        x = self.cast(x, recipe.weight, matrix.in_features * share)
         if matrix.num_biases:
             self._gather_biases(matrix, share)
-        return self._multiply(x, None, matrix, share, ACTIVATIONS)
+        out = self._multiply(x, None, matrix, share, ACTIVATIONS)
+        # Beyond 16 bits a loop stands for it, whose gradient is laid out as the transposed view that it is given, and
+        # AccumulateGrad copies that (integrations/moe.py; accumulate_grad.h).
+        is_loop = recipe.weight == FULL_WIDTH
+        self.tape.operations[-1].copies_grad = is_loop and recipe.trains_base and not recipe.accumulates
+        return out
 
     def _gather_biases(self, matrix: Matrix, share: float) -> None:
         """A row per token and expert; a variable holds it until the next product's are there."""
@@ -206,7 +224,9 @@ class Linears:
         return self.tape.run([x, weight], out, x.width, saves=[x, weight], product=product)
 
     def _linear_4bit(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
-        """bitsandbytes' MatMul4Bit: saves the packed weight only, dequantises in forward and backward."""
+        """bitsandbytes' MatMul4Bit: saves nothing, since its context holds the packed weight; dequantises in
+        forward and backward.
+        """
         recipe = self.recipe
         asked = x.width
         x = self.cast(x, recipe.compute, matrix.in_features * share)
@@ -218,11 +238,12 @@ class Linears:
             recipe.compute,
             temp=whole,
             grad_temp=whole,
-            saves_weight=True,
             product=Product(flops=_flops(matrix, share), weight_bytes=recipe.compute * _own_weights(matrix)),
             num_dequantised=_own_weights(matrix),
         )
-        return self.cast(result, asked, matrix.out_features * share)
+        result = self.cast(result, asked, matrix.out_features * share)
+        self.tape.hold(x)
+        return result
 
     def _linear_8bit(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
         """bitsandbytes' MatMul8bitLt: rows in float16, then in 8 bits; an int32 product; dequantises in the backward.
@@ -249,7 +270,8 @@ class Linears:
             views_grad=True,
             product=Product(flops=_flops(matrix, share), weight_bytes=_own_weights(matrix)),
         )
-        self.tape.keep(x)
+        if recipe.training:
+            self.tape.keep(x)
         return result
 
     def _adapter(self, x: Tensor, out: Tensor, matrix: Matrix, share: float, *, is_quantised: bool) -> Tensor:

@@ -50,6 +50,7 @@ def block_recipe(
         reentrant=stack.reentrant,
         has_first_grad=stack.reentrant and setup.checkpointing == "full",
         checkpointed=setup.checkpointing == "full",
+        accumulates=setup.grad_accum_steps > 1,
         step_factor=_step_factor(setup),
     )
 
@@ -106,7 +107,7 @@ def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, e
         is_old=is_old,
         keeps_16bit=not (is_old and (has_own_loss or stack.widens_first)),
         in_place_grad=setup.kernels == "fused",
-        scaled=has_own_loss,
+        scaled=model.scales_logits,
         shifted=model.shifts_logits,
         capped=model.logit_softcap,
     )

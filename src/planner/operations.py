@@ -57,7 +57,8 @@ class Operation:
     """One operation of the forward. `temp` is alive only while it runs, `grad_temp` only in its backward.
 
     `needs_saved`: its backward reads a saved tensor, be it a weight; `shares_grad`: its inputs' gradients are
-    its output's own storage; `views_grad`: they are views of what it made; `joins`: they are views of its output's;
+    its output's own storage; `views_grad`: they are views of what it made; `copies_grad`: its weight's is
+    copied into the weight's layout; `joins`: they are views of its output's;
     `splits`: its output is one of several parts, whose gradients are joined in one new tensor. `product`: the matrix
     product that it is; `num_dequantised`: weights that it dequantises before, in its backward too; `traffic`: bytes
     that it moves beyond its tensors. It stands for `num_others` runs of the operations `others` too.
@@ -79,3 +80,4 @@ class Operation:
     traffic: Size = ZERO
     others: tuple[Operation, ...] = ()
     num_others: int = 0
+    copies_grad: bool = False

@@ -135,7 +135,8 @@ class Step:
         if self._is_recomputed(spot):
             copies = {"workspace": self._cached(spot.before) + self._returned(spot)}
             own = self.shape.peak(memory.no_grad)
-            held = {"activations": self._held_outside(spot, self.shape) - self.shape.at(spot.own.handed_on)}
+            outside = self._held_outside(spot, self.shape) - self.shape.at(spot.own.handed_on)
+            held = {"activations": outside + self._embedding_variables(self.shape)}
             return self._plus(self._stored(spot.until), escaped, copies, exchange, held, own)
         own = self.shape.peak(memory.forward)
         return self._plus(self._stored(spot.before), escaped, self._forward_variables(spot), exchange, own)
@@ -174,12 +175,18 @@ class Step:
             mask = self.mask if spot.before.num_plain > 1 else 0.0
             own = 0.0 if spot.before.num_plain == 0 or self._saves_input(spot) else self.stream
             return {"activations": mask + own + self._held_outside(spot, self.shape)}
-        streams = 2 if spot.before.num_layers else 1
-        memories = self.layering.memories
-        first = self.layering.order[0]
-        streams -= spot.before.num_layers > 0 and memories[first].saves_input
+        streams = 1
+        if spot.before.num_layers and not self.run.model.num_embedding_variables:
+            streams += not self.layering.memories[self.layering.order[0]].saves_input
         mask = self.mask + self.run.idle_masks(self.shape)
-        return {"activations": mask + streams * self.stream}
+        return {"activations": mask + streams * self.stream + self._embedding_variables(self.shape)}
+
+    def _embedding_variables(self, shape: Shape) -> Any:
+        """What the model's forward holds beside the first layer's input, which those are summed or normed to."""
+        run = self.run
+        return (
+            1.0 * run.model.num_embedding_variables * shape.tokens * run.recipe.weight * run.model.hidden_size
+        )
 
     def _returned(self, spot: Spot) -> Any:
         return self.run.returned(self.shape) if spot.before.num_layers else 0.0
@@ -355,8 +362,9 @@ class Step:
         held = inputs + mask + run.rotary(shape)
         layering = run.layering(shape, evaluates=True)
         for spot in layering.spots:
-            streams = 2 if spot.before.num_layers and not self.layering.plain else 1
-            outside = self._held_outside(spot, shape, evaluates=True)
+            is_held = not self.layering.plain and not run.model.num_embedding_variables
+            streams = 2 if spot.before.num_layers and is_held else 1
+            outside = self._held_outside(spot, shape, evaluates=True) + self._embedding_variables(shape)
             own = {"activations": held + streams * stream + outside}
             returned = run.returned(shape) if spot.before.num_layers else 0.0
             copies = {"workspace": self._cached(spot.before) + run.buffers.eval + returned}

@@ -111,7 +111,7 @@ class Run:
 
     def recipe_for(self, tokens: int, seq_len: int, *, evaluates: bool = False) -> Recipe:
         """The layers' recipe for a micro-batch of `tokens` in rows of `seq_len`."""
-        return self._recipe(evaluates and self._drops, tokens <= seq_len)
+        return self._recipe(evaluates and self._differs, tokens <= seq_len)
 
     def _recipe(self, evaluates: bool, is_single: bool) -> Recipe:
         asked = evaluates, is_single
@@ -123,10 +123,10 @@ class Run:
         return self._recipes[asked]
 
     @property
-    def _drops(self) -> bool:
-        """Whether training differs from evaluation by a dropout."""
+    def _differs(self) -> bool:
+        """Whether training differs from evaluation by a dropout, or by what 8-bit linears keep."""
         in_model = any(layer.dropout or layer.attention_dropout for layer in self.model.layers)
-        return in_model or self.recipe.dropout
+        return in_model or self.recipe.dropout or self.recipe.quantised_bits == 8
 
     def _is_masked(self, layer: LayerSpec, seq_len: int) -> bool:
         if self.setup.attention != "sdpa":

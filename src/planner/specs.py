@@ -54,7 +54,9 @@ class LayerSpec:
     all heads). `scores`: "plain", "capped" by a tanh, or with "sinks" (a logit that no token owns, and a softmax in
     16 bits). `hands_over_groups`: grouped heads reach the attention kernel as they are; False where the model copies
     them out, or broadcasts a single one, itself. `always_masked`: torch's attention is given a mask even where its own
-    causal one would do. `inner_dropout`: what the feed-forward
+    causal one would do. `scales_updates`: what a part gives is multiplied before it is added to the residual stream;
+    `holds_attention`: a variable keeps attention's output until the layer is done; `norms_ahead`: parallel parts' norms
+    are both made before either part. `inner_dropout`: what the feed-forward
     part's last matrix reads is dropped; `position_bias`: a learned bias, made in the stack's first layer, is added to
     the scores (T5).
     `wiring`: where the norms on the residual stream are, `num_norms` of them: "pre" before attention and feed-forward
@@ -84,6 +86,9 @@ class LayerSpec:
     position_bias: bool = False
     hands_over_groups: bool = True
     always_masked: bool = False
+    scales_updates: bool = False
+    holds_attention: bool = False
+    norms_ahead: bool = False
     norm: str = "rmsnorm"
     num_norms: int = 2
     wiring: str = "pre"
@@ -112,6 +117,7 @@ class ModelSpec:
     are named in `outside`. `note` says what the numbers leave out (a multi-modal model's other parts). `order` gives
     for each layer its kind, an index into `layers`; `num_rotary` counts the elements of the rotary tables per position, `buffer_bytes` what the
     model keeps besides parameters, whatever their dtype. `norms_embeddings`: a norm makes the first layer's input;
+    `num_embedding_variables`: tensors that the model's forward holds beside it; `scales_logits`: the logits are multiplied;
     `returns_weights`: eager attention's weights live on until the next layer's are there. `makes_both_masks`: a mask for
     full attention and one for a sliding window are made whatever the layers need. `final_norm`: a norm after the last
     layer (of each stack); `scales_output`: its output is multiplied; of the embeddings, `scales_embeddings` the same, `adds_positions` those
@@ -137,6 +143,8 @@ class ModelSpec:
     num_rotary: int = 0
     buffer_bytes: int = 0
     norms_embeddings: bool = False
+    num_embedding_variables: int = 0
+    scales_logits: bool = False
     returns_weights: bool = False
     makes_both_masks: bool = False
     logit_softcap: bool = False

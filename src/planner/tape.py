@@ -133,7 +133,7 @@ class BlockMemory:
 
 @dataclass(slots=True)
 class Tape:
-    """Records operations; `play()` answers."""
+    """Records operations; `play()` answers. `variables`: what the attention's forward itself holds until it is done."""
 
     operations: list[Operation] = field(default_factory=list)
     returned: list[Tensor] = field(default_factory=list)
@@ -141,6 +141,7 @@ class Tape:
     outers: list[Tensor] = field(default_factory=list)
     begun: list[Tensor] = field(default_factory=list)
     handed: list[Tensor] = field(default_factory=list)
+    variables: list[Tensor] = field(default_factory=list)
 
     def input(
         self, size: Size, width: int, *, needs_grad: bool = True, category: int = ACTIVATIONS
