@@ -30,6 +30,7 @@ TREE = {
     "MissingExtraError": (1, errors.FinefitError),
     "DoesNotFitError": (3, errors.FinefitError),
     "GateError": (3, errors.FinefitError),
+    "LimitError": (3, errors.FinefitError),
     "InterruptedRunError": (33, errors.FinefitError),
 }
 
