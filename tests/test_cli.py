@@ -140,7 +140,7 @@ def test_options_reach_the_setup(finefit: Run) -> None:
         ("list everything", ("gpus",)),
         ("explode", ("No such command",)),
         ("export plan.yaml --to axolottl --out d", ("unknown format",)),
-        ("compare a.jsonl", ("two files",)),
+        pytest.param("compare a.jsonl", ("two files",), marks=pytest.mark.train),
     ],
 )
 def test_a_wrong_word_is_one_line_and_exit_2(words: str, says: tuple[str, ...], finefit: Run) -> None:
