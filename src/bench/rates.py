@@ -1,0 +1,229 @@
+"""What this machine's device reaches, measured: matrix products, memory, attention, optimizer, dequantisation, links, launches.
+
+Each figure is the median of repeated calls after a warm-up, in the shapes and dtypes that a training step has, with as
+many threads as a run takes. Nothing is fitted: a rate is what was computed or moved, by planner.work's count, over the
+time that it took.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from planner.rates import Curve, Rates
+from planner.work import DEQUANTISED_BYTES
+from torch import nn
+from torch.nn import functional
+
+from bench.links import exchange_bytes_per_s
+from planner.optimizers import find_optimizer
+
+TOKENS = 512
+"""Rows of a matrix product: a short micro-batch, as beginners' and CPUs' runs have them."""
+WIDTHS = (64, 192, 576, 1536, 4096)
+"""Rows and columns of a weight, from heads and adapters to the matrices of 7B models."""
+LONG_TOKENS = 4096
+POINTWISE_ELEMENTS = (1 << 18, 1 << 20, 1 << 22)
+"""Of one activation: 512 tokens of a small model up to 4096 of a middle one."""
+ATTENTION_SHAPE = (1, 16, 1024, 64)
+"""Rows, heads, length, elements of a head."""
+OPTIMIZER_TENSORS, OPTIMIZER_ELEMENTS = 16, 1 << 20
+PACKED_SHAPE = (4096, 1024)
+EXCHANGED_BYTES = 16 << 20
+TINY_OPERATIONS = 200
+BACKWARD_PRODUCTS = 2.5
+"""Matrix products of fused attention's backward over its forward's two: scores are computed again, five in all
+(FlashAttention 2, arXiv:2307.08691, section 2.2)."""
+
+LEAST_S, MOST_CALLS, LEAST_CALLS = 0.3, 200, 7
+"""One figure's repetitions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """One measured figure: the median `rate` in `unit`, the interquartile range over it, and how many calls."""
+
+    name: str
+    rate: float
+    unit: str
+    spread: float
+    num_calls: int
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is measured next, and which of how many parts that is (from 0)."""
+
+
+def measure_rates(device: torch.device, progress: Progress) -> tuple[Rates, tuple[Reading, ...]]:
+    """All of a device's rates, in under three minutes, and the readings that they are."""
+    meter = _Meter(device)
+    parts: Sequence[tuple[str, Callable[[_Meter], Any]]] = (
+        ("matrix products", _matmuls),
+        ("memory", _memory),
+        ("attention", _attention),
+        ("optimizer", _optimizer),
+        ("dequantisation", _dequantisation),
+        ("launches", _launches),
+        ("link", _link),
+    )
+    found = {}
+    for number, (name, measure) in enumerate(parts):
+        progress(name, number, len(parts))
+        found[name] = measure(meter)
+        gc.collect()
+    host_s = found["launches"]
+    is_cpu = device.type == "cpu"
+    rates = Rates(
+        matmul=found["matrix products"],
+        attention_flops_per_s=found["attention"],
+        memory_bytes_per_s=found["memory"],
+        optimizer_bytes_per_s=found["optimizer"],
+        dequantise_bytes_per_s=found["dequantisation"],
+        # A processor launches nothing ahead: what the host takes for an operation is added to each.
+        launch_s=0.0 if is_cpu else host_s,
+        kernel_s=host_s if is_cpu else 0.0,
+        link_bytes_per_s=found["link"],
+        source=f"measured on this machine ({len(meter.readings)} figures)",
+    )
+    return rates, tuple(meter.readings)
+
+
+class _Meter:
+    """Times calls on one device and keeps the readings."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.readings: list[Reading] = []
+
+    def rate(self, name: str, unit: str, amount: float, call: Callable[[], Any]) -> float:
+        """`amount` over the median time of a call."""
+        times = self._times(call)
+        low, _, high = statistics.quantiles(times, n=4)
+        median = statistics.median(times)
+        reading = Reading(
+            name=name, rate=amount / median, unit=unit, spread=(high - low) / median, num_calls=len(times)
+        )
+        self.readings.append(reading)
+        return reading.rate
+
+    def add(self, reading: Reading) -> None:
+        """A figure that was measured elsewhere."""
+        self.readings.append(reading)
+
+    def _times(self, call: Callable[[], Any]) -> list[float]:
+        for _ in range(2):
+            call()
+        self._wait()
+        times: list[float] = []
+        while len(times) < LEAST_CALLS or (sum(times) < LEAST_S and len(times) < MOST_CALLS):
+            start = time.perf_counter()
+            call()
+            self._wait()
+            times.append(time.perf_counter() - start)
+        return times
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
+        """A tensor of small random numbers."""
+        return (torch.randn(shape, device=self.device) * 0.02).to(dtype).requires_grad_(grad)
+
+
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+def _matmuls(meter: _Meter) -> dict[int, Curve]:
+    return {width: Curve(tuple(sorted(_points(meter, dtype)))) for width, dtype in _DTYPES.items()}
+
+
+def _points(meter: _Meter, dtype: torch.dtype) -> Iterator[tuple[float, float]]:
+    """(FLOPs of one product, FLOP/s): the mean of the three products of a linear's forward and backward."""
+    shapes = [(TOKENS, w, max(w, 64)) for w in WIDTHS] + [(LONG_TOKENS, 4096, 4096)]
+    for tokens, inputs, outputs in shapes:
+        x = meter.random(tokens, inputs, dtype=dtype)
+        weight = meter.random(outputs, inputs, dtype=dtype)
+        gradient = meter.random(tokens, outputs, dtype=dtype)
+        flops = 2.0 * tokens * inputs * outputs
+        name = f"matmul {str(dtype).removeprefix('torch.')} {tokens} x {inputs} x {outputs}"
+        yield flops, meter.rate(name, "FLOP/s", 3 * flops, lambda a=x, w=weight, g=gradient: _three(a, w, g))
+
+
+def _three(x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+    functional.linear(x, weight)
+    gradient @ weight
+    gradient.T @ x
+
+
+def _memory(meter: _Meter) -> float:
+    """Of pointwise operations on activations: the harmonic mean over sizes, for each moves the same share of a step."""
+    rates = []
+    for elements in POINTWISE_ELEMENTS:
+        a, b = meter.random(elements), meter.random(elements)
+        # silu reads one and writes one, the product and the sum read two and write one.
+        moved = 4.0 * elements * (2 + 3 + 3)
+        name = f"pointwise float32 {elements} elements"
+        rates.append(meter.rate(name, "bytes/s", moved, lambda a=a, b=b: functional.silu(a) * b + a))
+    return statistics.harmonic_mean(rates)
+
+
+def _attention(meter: _Meter) -> float:
+    """FLOPs of the pairs of positions that are needed, forward and backward, in causal attention."""
+    rows, heads, length, width = ATTENTION_SHAPE
+    dtype = torch.bfloat16 if meter.device.type == "cuda" else torch.float32
+    q, k, v = (meter.random(rows, heads, length, width, dtype=dtype, grad=True) for _ in range(3))
+    gradient = meter.random(rows, heads, length, width, dtype=dtype)
+
+    def call() -> None:
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(out, (q, k, v), gradient)
+
+    forward = 4.0 * rows * heads * length * length * width / 2
+    return meter.rate("attention", "FLOP/s", forward * (1 + BACKWARD_PRODUCTS), call)
+
+
+def _optimizer(meter: _Meter) -> float:
+    parameters = [nn.Parameter(meter.random(OPTIMIZER_ELEMENTS)) for _ in range(OPTIMIZER_TENSORS)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    rule, stepped = find_optimizer("adamw-fused"), 4.0 * OPTIMIZER_ELEMENTS * OPTIMIZER_TENSORS
+    moved = rule.num_accesses * stepped if rule.num_accesses else 3.0 * stepped + 2.0 * 2.0 * stepped
+    return meter.rate("optimizer step", "bytes/s", moved, optimizer.step)
+
+
+def _dequantisation(meter: _Meter) -> float:
+    from bitsandbytes import functional as bnb
+
+    weight = meter.random(*PACKED_SHAPE, dtype=torch.bfloat16)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    moved = DEQUANTISED_BYTES * weight.numel()
+    return meter.rate("4-bit dequantisation", "bytes/s", moved, lambda: bnb.dequantize_4bit(packed, state))
+
+
+def _launches(meter: _Meter) -> float:
+    """Seconds of the host for one operation on next to nothing, recorded for the backward and run there again."""
+    x = meter.random(8, grad=True)
+
+    def call() -> None:
+        y = x
+        for _ in range(TINY_OPERATIONS):
+            y = y * 1.5
+        torch.autograd.grad(y.sum(), x)
+
+    return 1.0 / meter.rate("tiny operations", "operations/s", 2.0 * TINY_OPERATIONS, call)
+
+
+def _link(meter: _Meter) -> float | None:
+    found = exchange_bytes_per_s(meter.device, EXCHANGED_BYTES)
+    if found is None:
+        return None
+    rate, spread, num_calls = found
+    meter.add(Reading(name="all-reduce", rate=rate, unit="bytes/s", spread=spread, num_calls=num_calls))
+    return rate
