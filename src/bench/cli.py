@@ -16,6 +16,7 @@ import click
 from bench.cli_commands import COMMANDS as RUN_COMMANDS
 from bench.cli_compare import COMMANDS as COMPARE_COMMANDS
 from bench.cli_data import COMMANDS as DATA_COMMANDS
+from bench.cli_machine import COMMANDS as MACHINE_COMMANDS
 from bench.cli_trace import COMMANDS as TRACE_COMMANDS
 from bench.cli_trace import trace_with_bar
 from bench.extras import missing_extra
@@ -65,7 +66,14 @@ def cli(ctx: click.Context, debug: bool) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (*PLANNER_COMMANDS, *RUN_COMMANDS, *COMPARE_COMMANDS, *DATA_COMMANDS, *TRACE_COMMANDS):
+for _command in (
+    *PLANNER_COMMANDS,
+    *RUN_COMMANDS,
+    *COMPARE_COMMANDS,
+    *DATA_COMMANDS,
+    *TRACE_COMMANDS,
+    *MACHINE_COMMANDS,
+):
     cli.add_command(_command)
 
 

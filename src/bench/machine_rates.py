@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from planner.rates import MACHINE_FILE, Rates, local_rates
 
 from bench.hardware import stack_versions
 from bench.host import read_cpu, read_memory
@@ -18,6 +17,7 @@ from bench.machine import cpu_machine, local_machine
 from bench.rates import Progress, Reading, measure_rates
 from planner import __version__
 from planner.files import user_data_folder, write_atomically
+from planner.rates import MACHINE_FILE, Rates, local_rates
 from planner.results import SCHEMA_VERSION
 
 MUCH_SPREAD = 0.15

@@ -12,16 +12,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from planner.rates import Curve, Rates
-from planner.work import DEQUANTISED_BYTES
 from torch import nn
 from torch.nn import functional
 
 from bench.links import exchange_bytes_per_s
 from planner.optimizers import find_optimizer
+from planner.rates import Curve, Rates
+from planner.work import DEQUANTISED_BYTES
 
 TOKENS = 512
 """Rows of a matrix product: a short micro-batch, as beginners' and CPUs' runs have them."""
@@ -152,7 +153,7 @@ def _points(meter: _Meter, dtype: torch.dtype) -> Iterator[tuple[float, float]]:
         gradient = meter.random(tokens, outputs, dtype=dtype)
         flops = 2.0 * tokens * inputs * outputs
         name = f"matmul {str(dtype).removeprefix('torch.')} {tokens} x {inputs} x {outputs}"
-        yield flops, meter.rate(name, "FLOP/s", 3 * flops, lambda a=x, w=weight, g=gradient: _three(a, w, g))
+        yield flops, meter.rate(name, "FLOP/s", 3 * flops, partial(_three, x, weight, gradient))
 
 
 def _three(x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -169,8 +170,12 @@ def _memory(meter: _Meter) -> float:
         # silu reads one and writes one, the product and the sum read two and write one.
         moved = 4.0 * elements * (2 + 3 + 3)
         name = f"pointwise float32 {elements} elements"
-        rates.append(meter.rate(name, "bytes/s", moved, lambda a=a, b=b: functional.silu(a) * b + a))
+        rates.append(meter.rate(name, "bytes/s", moved, partial(_pointwise, a, b)))
     return statistics.harmonic_mean(rates)
+
+
+def _pointwise(a: torch.Tensor, b: torch.Tensor) -> None:
+    functional.silu(a) * b + a
 
 
 def _attention(meter: _Meter) -> float:
