@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from bench import rates as measured  # noqa: E402
+from bench import reference_steps  # noqa: E402
 from bench.cli import run  # noqa: E402
 from planner import rates  # noqa: E402
 from planner.errors import DataError  # noqa: E402
@@ -30,7 +31,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(measured, "OPTIMIZER_ELEMENTS", 1 << 10)
     monkeypatch.setattr(measured, "PACKED_SHAPE", (128, 128))
     monkeypatch.setattr(measured, "POINTWISE_ELEMENTS", (1 << 10,))
-    monkeypatch.setattr(measured, "ATTENTION_SHAPE", (1, 2, 64, 32))
+    monkeypatch.setattr(measured, "ATTENTION_LENGTHS", (64,))
+    monkeypatch.setattr(reference_steps, "_CASES", reference_steps._CASES[:1])
     monkeypatch.setattr(measured, "exchange_bytes_per_s", lambda device, num_bytes: (1e9, 0.01, 3))
 
 

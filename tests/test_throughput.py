@@ -39,7 +39,7 @@ MODEL = model_spec(CONFIG)
 A100 = Machine(gpu=find_gpu("a100-80gb-sxm"))
 RATES = Rates(
     matmul={2: flat(1e14), 4: flat(1e13)},
-    attention_flops_per_s=5e13,
+    attention={2: flat(5e13), 4: flat(5e13)},
     memory_bytes_per_s=1e12,
     optimizer_bytes_per_s=1e12,
     dequantise_bytes_per_s=5e11,

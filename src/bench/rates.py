@@ -8,10 +8,11 @@ time that it took.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from bench.links import exchange_bytes_per_s
+from bench.reference_steps import fit, run_references
 from planner.optimizers import find_optimizer
 from planner.rates import Curve, Rates
 from planner.work import DEQUANTISED_BYTES
@@ -31,8 +33,9 @@ WIDTHS = (64, 192, 576, 1536, 4096)
 LONG_TOKENS = 4096
 POINTWISE_ELEMENTS = (1 << 18, 1 << 20, 1 << 22)
 """Of one activation: 512 tokens of a small model up to 4096 of a middle one."""
-ATTENTION_SHAPE = (1, 16, 1024, 64)
-"""Rows, heads, length, elements of a head."""
+ATTENTION_SHAPE = (1, 8, 64)
+"""Rows, heads, elements of a head."""
+ATTENTION_LENGTHS = (128, 512, 1024, 2048)
 OPTIMIZER_TENSORS, OPTIMIZER_ELEMENTS = 16, 1 << 20
 PACKED_SHAPE = (4096, 1024)
 EXCHANGED_BYTES = 16 << 20
@@ -74,24 +77,36 @@ def measure_rates(device: torch.device, progress: Progress) -> tuple[Rates, tupl
     )
     found = {}
     for number, (name, measure) in enumerate(parts):
-        progress(name, number, len(parts))
+        progress(name, number, len(parts) + 1)
         found[name] = measure(meter)
         gc.collect()
     host_s = found["launches"]
+    # A processor launches nothing ahead: what the host takes for an operation is added to each.
     is_cpu = device.type == "cpu"
-    rates = Rates(
+    single = Rates(
         matmul=found["matrix products"],
-        attention_flops_per_s=found["attention"],
+        attention=found["attention"],
         memory_bytes_per_s=found["memory"],
         optimizer_bytes_per_s=found["optimizer"],
         dequantise_bytes_per_s=found["dequantisation"],
-        # A processor launches nothing ahead: what the host takes for an operation is added to each.
         launch_s=0.0 if is_cpu else host_s,
         kernel_s=host_s if is_cpu else 0.0,
         link_bytes_per_s=found["link"],
-        source=f"measured on this machine ({len(meter.readings)} figures)",
     )
-    return rates, tuple(meter.readings)
+    progress("reference steps", len(parts), len(parts) + 1)
+    steps = run_references(device)
+    rates, errors = fit(single, steps, "kernel_s" if is_cpu else "launch_s")
+    spread = math.sqrt(statistics.fmean(error * error for error in errors))
+    for name, rate, unit in (
+        ("memory in reference steps", rates.memory_bytes_per_s, "bytes/s"),
+        ("operations in reference steps", 1 / (rates.kernel_s or rates.launch_s), "operations/s"),
+    ):
+        meter.add(Reading(name=name, rate=rate, unit=unit, spread=spread, num_calls=len(steps)))
+    return replace(rates, source=_source(meter, len(steps), spread)), tuple(meter.readings)
+
+
+def _source(meter: _Meter, num_steps: int, spread: float) -> str:
+    return f"{len(meter.readings)} figures of this machine; {num_steps} reference steps are met within {spread:.0%}"
 
 
 class _Meter:
@@ -152,7 +167,7 @@ def _points(meter: _Meter, dtype: torch.dtype) -> Iterator[tuple[float, float]]:
         weight = meter.random(outputs, inputs, dtype=dtype)
         gradient = meter.random(tokens, outputs, dtype=dtype)
         flops = 2.0 * tokens * inputs * outputs
-        name = f"matmul {str(dtype).removeprefix('torch.')} {tokens} x {inputs} x {outputs}"
+        name = f"matmul {_name(dtype)} {tokens} x {inputs} x {outputs}"
         yield flops, meter.rate(name, "FLOP/s", 3 * flops, partial(_three, x, weight, gradient))
 
 
@@ -178,29 +193,45 @@ def _pointwise(a: torch.Tensor, b: torch.Tensor) -> None:
     functional.silu(a) * b + a
 
 
-def _attention(meter: _Meter) -> float:
-    """FLOPs of the pairs of positions that are needed, forward and backward, in causal attention."""
-    rows, heads, length, width = ATTENTION_SHAPE
-    dtype = torch.bfloat16 if meter.device.type == "cuda" else torch.float32
-    q, k, v = (meter.random(rows, heads, length, width, dtype=dtype, grad=True) for _ in range(3))
-    gradient = meter.random(rows, heads, length, width, dtype=dtype)
+def _attention(meter: _Meter) -> dict[int, Curve]:
+    return {
+        width: Curve(tuple((float(length), _attend(meter, dtype, length)) for length in ATTENTION_LENGTHS))
+        for width, dtype in _DTYPES.items()
+    }
+
+
+def _attend(meter: _Meter, dtype: torch.dtype, length: int) -> float:
+    """FLOP/s of the pairs of positions that are needed, forward and backward, in causal attention."""
+    rows, heads, elements = ATTENTION_SHAPE
+    q, k, v = (meter.random(rows, heads, length, elements, dtype=dtype, grad=True) for _ in range(3))
+    gradient = meter.random(rows, heads, length, elements, dtype=dtype)
 
     def call() -> None:
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch.autograd.grad(out, (q, k, v), gradient)
 
-    forward = 4.0 * rows * heads * length * length * width / 2
-    return meter.rate("attention", "FLOP/s", forward * (1 + BACKWARD_PRODUCTS), call)
+    forward = 4.0 * rows * heads * length * length * elements / 2
+    name = f"attention {_name(dtype)} {length}"
+    return meter.rate(name, "FLOP/s", forward * (1 + BACKWARD_PRODUCTS), call)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _optimizer(meter: _Meter) -> float:
-    parameters = [nn.Parameter(meter.random(OPTIMIZER_ELEMENTS)) for _ in range(OPTIMIZER_TENSORS)]
+    """In bfloat16, as full fine-tuning steps on weights; adapters, in float32, are too few to matter."""
+    dtype = torch.bfloat16
+    parameters = [
+        nn.Parameter(meter.random(OPTIMIZER_ELEMENTS, dtype=dtype)) for _ in range(OPTIMIZER_TENSORS)
+    ]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-    rule, stepped = find_optimizer("adamw-fused"), 4.0 * OPTIMIZER_ELEMENTS * OPTIMIZER_TENSORS
-    moved = rule.num_accesses * stepped if rule.num_accesses else 3.0 * stepped + 2.0 * 2.0 * stepped
-    return meter.rate("optimizer step", "bytes/s", moved, optimizer.step)
+    rule, stepped = find_optimizer("adamw-fused"), dtype.itemsize * OPTIMIZER_ELEMENTS * OPTIMIZER_TENSORS
+    # A fused step reads gradients and two states, and writes parameters and both states.
+    moved = float(rule.num_accesses * stepped if rule.num_accesses else 3 * stepped + 2 * 2 * stepped)
+    return meter.rate("optimizer step bfloat16", "bytes/s", moved, optimizer.step)
 
 
 def _dequantisation(meter: _Meter) -> float:

@@ -53,7 +53,7 @@ class Rates:
     """What one device of a machine reaches.
 
     `matmul`: FLOP/s of matrix products by the bytes of their elements (2, 4), each by the FLOPs of one product;
-    `attention_flops_per_s` inside fused attention kernels; bytes per second that pointwise operations
+    `attention` of FLOPs inside fused attention kernels by the same bytes, each by the rows' length in tokens; bytes per second that pointwise operations
     (`memory_bytes_per_s`), the optimizer (`optimizer_bytes_per_s`) and dequantisation (`dequantise_bytes_per_s`) move;
     `launch_s`: host's time for one kernel; `kernel_s`: device's time for a kernel that does nothing; `step_s`: host's
     time per optimizer step beside the kernels. `overlap`: the share of an exchange between devices that costs the
@@ -63,7 +63,7 @@ class Rates:
     """
 
     matmul: Mapping[int, Curve]
-    attention_flops_per_s: float
+    attention: Mapping[int, Curve]
     memory_bytes_per_s: float
     optimizer_bytes_per_s: float
     dequantise_bytes_per_s: float
@@ -80,16 +80,27 @@ class Rates:
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` reads back."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return plain | {"matmul": {str(width): list(curve.points) for width, curve in self.matmul.items()}}
+        return plain | {name: _curves_to_json(plain[name]) for name in CURVES}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Rates:
         """Raises KeyError, TypeError or ValueError for anything that isn't such rates."""
-        matmul = {
-            int(width): Curve(tuple((float(size), float(rate)) for size, rate in points))
-            for width, points in values["matmul"].items()
-        }
-        return cls(**{**values, "matmul": matmul})
+        return cls(**{**values, **{name: _curves_from_json(values[name]) for name in CURVES}})
+
+
+CURVES = ("matmul", "attention")
+"""Rates by the bytes of an element, each of them a curve."""
+
+
+def _curves_to_json(curves: Mapping[int, Curve]) -> dict[str, Any]:
+    return {str(width): list(curve.points) for width, curve in curves.items()}
+
+
+def _curves_from_json(values: Mapping[str, Any]) -> dict[int, Curve]:
+    return {
+        int(width): Curve(tuple((float(size), float(rate)) for size, rate in points))
+        for width, points in values.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,7 +277,7 @@ def card_rates(gpu: GpuProfile, reached: Efficiency, dtype: str) -> Rates | None
     link = _link(gpu)
     return Rates(
         matmul={2: flat(tensor * reached.tensor), 4: flat(full * reached.tensor)},
-        attention_flops_per_s=tensor * reached.attention,
+        attention={2: flat(tensor * reached.attention), 4: flat(tensor * reached.attention)},
         memory_bytes_per_s=bandwidth * reached.memory,
         optimizer_bytes_per_s=bandwidth * OPTIMIZER_SHARE,
         dequantise_bytes_per_s=bandwidth * reached.dequantise,

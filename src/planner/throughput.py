@@ -189,7 +189,7 @@ class TimeModel:
             else:
                 found.memory += product.count * moving
         pairs = evaluate(work.attention, tokens, seq_len) + share * evaluate(work.skipping, tokens, seq_len)
-        found.compute += pairs / rates.attention_flops_per_s
+        found.compute += pairs / rates.attention[self.run.recipe.compute].at(seq_len)
         found.memory += evaluate(work.moved, tokens, seq_len) / rates.memory_bytes_per_s
         found.memory += work.num_dequantised / (rates.dequantise_bytes_per_s / DEQUANTISED_BYTES)
         found.memory += work.num_launches * rates.kernel_s
