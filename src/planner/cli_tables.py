@@ -99,7 +99,7 @@ def fits_command(
     if license_name is not None:
         chosen = {name: model for name, model in chosen.items() if LICENSES[license_name](model)}
         _name_conditions(chosen)
-    table = fits(machine, models=chosen, methods=methods or METHODS, fields=fields)
+    table = fits(machine, models=chosen, methods=methods or METHODS, fields=fields, with_times=as_json)
     click.echo(format_json(table.to_json()) if as_json else format_fits(table, terminal_width()))
 
 

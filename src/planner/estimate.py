@@ -138,8 +138,8 @@ class Estimator:
         memory = self.memory(micro_batch_size, seq_len)
         return self.uncertainty.judge(memory, self.usable_bytes).verdict
 
-    def at(self, micro_batch_size: int, seq_len: int) -> Estimate:
-        """The whole answer for another batch shape."""
+    def at(self, micro_batch_size: int, seq_len: int, *, with_time: bool = True) -> Estimate:
+        """The whole answer for another batch shape; without its time, which takes as long as the rest, where nobody asks."""
         setup = self.setup
         if (micro_batch_size, seq_len) != (setup.micro_batch_size, setup.seq_len):
             setup = setup.with_(micro_batch_size=micro_batch_size, seq_len=seq_len)
@@ -150,7 +150,7 @@ class Estimator:
             memory=memory,
             fit=self.uncertainty.judge(memory, self.usable_bytes),
             interval=self.uncertainty.interval(memory),
-            time=self._clock.at(micro_batch_size, seq_len),
+            time=self._clock.at(micro_batch_size, seq_len) if with_time else None,
             assumptions=tuple(self._assumptions()),
             not_modelled=tuple(self._not_modelled()),
             warnings=tuple(warnings(setup, self.model)),

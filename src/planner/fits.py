@@ -110,15 +110,18 @@ def fits(
     models: Mapping[str, ModelSpec] | None = None,
     methods: Sequence[str] = METHODS,
     fields: Mapping[str, Any] | None = None,
+    with_times: bool = True,
 ) -> FitsTable:
     """Every model with every method on `machine`; `fields` are TrainSetup fields that hold for all rows.
+
+    Without `with_times` the rows' estimates say nothing of time, which takes as long as their memory.
 
     `models` maps what a setup calls a model to its shapes (default: well-known ones of each size). Raises SetupError when the fields are wrong for every row, UnknownNameError for an unknown method.
     """
     fixed = dict(fields or {})
     chosen = table_models(MODELS) if models is None else models
     ordered = sorted(chosen.items(), key=lambda item: item[1].num_params)
-    rows = tuple(_rows(machine, ordered, methods, fixed))
+    rows = tuple(_rows(machine, ordered, methods, fixed, with_times))
     return FitsTable(
         machine=machine,
         rows=rows,
@@ -166,6 +169,7 @@ def _rows(
     models: Iterable[tuple[str, ModelSpec]],
     methods: Sequence[str],
     fields: Mapping[str, Any],
+    with_times: bool,
 ) -> Iterator[FitsRow]:
     """Raises the first row's SetupError when no row has another outcome."""
     refusals: list[SetupError] = []
@@ -173,7 +177,7 @@ def _rows(
     for name, model in models:
         for method in methods:
             try:
-                rows.append(_row(machine, name, model, method, fields))
+                rows.append(_row(machine, name, model, method, fields, with_times))
             except NotModelledError as error:
                 rows.append(FitsRow(model=model, method=method, problem=str(error), is_modelled=False))
             except SetupError as error:
@@ -186,24 +190,29 @@ def _rows(
     return iter(rows)
 
 
-def _row(machine: Machine, name: str, model: ModelSpec, method: str, fields: Mapping[str, Any]) -> FitsRow:
+def _row(
+    machine: Machine, name: str, model: ModelSpec, method: str, fields: Mapping[str, Any], with_time: bool
+) -> FitsRow:
     setup = table_setup(name, model, method, machine, fields)
     estimator = Estimator(setup, machine, model)
     limit = model.max_positions or MAX_SEQ_LEN
 
-    def length_fits(steps: int) -> bool:
-        return estimator.verdict(1, min(steps * SEQ_LEN_STEP, limit)) == "fits"
+    def long(steps: int) -> tuple[int, int]:
+        return 1, min(steps * SEQ_LEN_STEP, limit)
 
-    def batch_fits(size: int) -> bool:
-        return estimator.verdict(size, setup.seq_len) == "fits"
+    def wide(size: int) -> tuple[int, int]:
+        return size, setup.seq_len
 
-    steps = largest(length_fits, -(-limit // SEQ_LEN_STEP))
-    batch = largest(batch_fits, MAX_MICRO_BATCH)
+    def most(shape: Callable[[int], tuple[int, int]], cap: int) -> int:
+        return largest(lambda n: estimator.verdict(*shape(n)) == "fits", cap, _guess(estimator, shape))
+
+    steps = most(long, -(-limit // SEQ_LEN_STEP))
+    batch = most(wide, MAX_MICRO_BATCH)
     longest = min(steps * SEQ_LEN_STEP, limit)
     return FitsRow(
         model=model,
         method=method,
-        estimate=estimator.at(setup.micro_batch_size, setup.seq_len),
+        estimate=estimator.at(setup.micro_batch_size, setup.seq_len, with_time=with_time),
         longest_seq_len=longest,
         is_longest_models_limit=longest == limit,
         largest_micro_batch_size=batch,
@@ -211,21 +220,30 @@ def _row(machine: Machine, name: str, model: ModelSpec, method: str, fields: Map
     )
 
 
-def largest(is_possible: Callable[[int], bool], cap: int) -> int:
+def largest(is_possible: Callable[[int], bool], cap: int, guess: int = 1) -> int:
     """The largest n from 1 to `cap` that is possible, 0 if none is; what is possible for n is so for less.
 
-    >>> largest(lambda n: n * n <= 50, 100)
+    `guess` is looked at first, then what lies farther and farther from it.
+
+    >>> largest(lambda n: n * n <= 50, 100, guess=6)
     7
     """
-    if is_possible(cap):
-        return cap
-    if not is_possible(1):
-        return 0
-    low, high = 1, cap
+    low, high, step = 0, cap + 1, 1
+    probe = min(max(1, guess), cap)
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if is_possible(middle) else (low, middle)
+        if is_possible(probe):
+            low, probe = probe, probe + step if high > cap else (probe + high) // 2
+        else:
+            high, probe = probe, probe - step if low == 0 else (low + probe) // 2
+        step *= 2
+        probe = min(max(probe, low + 1), high - 1)
     return low
+
+
+def _guess(estimator: Estimator, shape: Callable[[int], tuple[int, int]]) -> int:
+    """Where the line through the needs of one and of eight meets what the card gives."""
+    one, eight = (estimator.memory(*shape(n)).device_used_bytes for n in (1, 8))
+    return 1 + 7 * (estimator.usable_bytes - one) // max(1, eight - one)
 
 
 def _assumptions(machine: Machine, rows: Sequence[FitsRow]) -> Iterator[str]:
