@@ -147,17 +147,15 @@ def choose(pair: Pair, data: Path, out: Path) -> TrainSetup:
 
 
 def grid(chosen: TrainSetup) -> Iterator[TrainSetup]:
-    """All ways to the same global batch and length: micro-batch, checkpointing, loss, packing."""
-    for rows, checkpointing, loss, packing in itertools.product(
-        (1, 2, 4), ("none", "full"), ("full", "chunked"), (False, True)
+    """All ways to the same global batch and length: micro-batch and accumulation, or one packed row; checkpointing; loss."""
+    batches = [
+        {"micro_batch_size": n, "grad_accum_steps": GLOBAL_BATCH // n, "packing": False} for n in (1, 2, 4)
+    ]
+    packed = {"micro_batch_size": 1, "grad_accum_steps": chosen.grad_accum_steps, "packing": True}
+    for batch, checkpointing, loss in itertools.product(
+        [*batches, packed], ("none", "full"), ("full", "chunked")
     ):
-        yield chosen.with_(
-            micro_batch_size=rows,
-            grad_accum_steps=GLOBAL_BATCH // rows,
-            checkpointing=checkpointing,
-            loss=loss,
-            packing=packing,
-        )
+        yield chosen.with_(**batch, checkpointing=checkpointing, loss=loss)
 
 
 def run(setup: TrainSetup, *, is_chosen: bool) -> Run:
