@@ -21,7 +21,7 @@ from typing import Any
 from bench.host import read_cpu, read_memory
 from bench.machine import cpu_machine
 from bench.verify import Rung, VerifyRow, verify
-from planner.rates import local_rates
+from planner.rates import local_rates, machine_file
 from planner.setup import TrainSetup
 
 MUST_REACH = 0.10
@@ -103,12 +103,13 @@ def _rung(size: str, method: str, checkpointing: str, rows: int, length: int, ot
 
 def main() -> None:
     options = parse_arguments()
-    rates = local_rates()
+    machine = cpu_machine(read_cpu(), read_memory())
+    rates = local_rates(machine_file(machine.gpu))
     if rates is None:
         sys.exit("run `finefit machine` first: nothing was measured on this machine")
     chosen = [rung for i, rung in enumerate(rungs()) if options.only is None or i in options.only]
     found = verify(
-        cpu_machine(read_cpu(), read_memory()),
+        machine,
         budget_s=BUDGET_S,
         rungs=chosen,
         progress=lambda rung, step: print(f"{rung.name}: {step}", end="\r", file=sys.stderr),

@@ -9,7 +9,10 @@ torch = pytest.importorskip("torch")
 from bench import rates as measured  # noqa: E402
 from bench import reference_steps  # noqa: E402
 from bench.cli import run  # noqa: E402
+from bench.host import read_cpu, read_memory  # noqa: E402
+from bench.machine import cpu_machine  # noqa: E402
 from planner import rates  # noqa: E402
+from planner.catalog import find_gpu  # noqa: E402
 from planner.errors import DataError  # noqa: E402
 
 pytestmark = pytest.mark.train
@@ -49,9 +52,11 @@ def test_a_rate_is_an_amount_over_the_median_time(monkeypatch):
 def test_what_is_measured_is_what_plans_for_this_machine_read(folder, quick, capsys):
     assert run(["machine", "--device", "cpu", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    kept = json.loads((folder / rates.MACHINE_FILE).read_text())
+    (path,) = folder.iterdir()
+    assert path == rates.machine_file(cpu_machine(read_cpu(), read_memory()).gpu)
+    kept = json.loads(path.read_text())
     assert kept["rates"] == content["rates"]
-    found = rates.local_rates()
+    found = rates.local_rates(path)
     assert json.loads(json.dumps(found.to_json())) == content["rates"]
     assert found.link_bytes_per_s == 1e9
     # A processor's operations cost their overhead one after the other.
@@ -68,9 +73,16 @@ def test_a_dry_run_keeps_nothing(folder, quick, capsys):
 
 def test_a_broken_file_is_named(folder):
     folder.mkdir(parents=True)
-    (folder / rates.MACHINE_FILE).write_text("{")
-    with pytest.raises(DataError, match=rates.MACHINE_FILE):
-        rates.local_rates()
+    path = rates.machine_file(find_gpu("rtx-4090"))
+    path.write_text("{")
+    with pytest.raises(DataError, match=path.name):
+        rates.local_rates(path)
+
+
+def test_each_device_has_its_own_file(folder):
+    names = {rates.machine_file(find_gpu(name)) for name in ("rtx-4090", "rtx-4080")}
+    names.add(rates.machine_file(cpu_machine(read_cpu(), read_memory()).gpu))
+    assert len(names) == 3
 
 
 def test_the_mix_of_a_step_is_found_again_from_steps_that_have_it():

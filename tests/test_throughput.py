@@ -196,7 +196,7 @@ class TestRates:
 
     def test_a_measured_machine_comes_before_its_class(self, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-        path = tmp_path / "finefit" / rates_module.MACHINE_FILE
+        path = rates_module.machine_file(A100.gpu)
         path.parent.mkdir()
         path.write_text(json.dumps({"schema_version": 1, "rates": RATES.to_json()}))
         local = replace(A100, is_local=True)

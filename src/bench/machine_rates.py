@@ -16,8 +16,8 @@ from bench.host import read_cpu, read_memory
 from bench.machine import cpu_machine, local_machine
 from bench.rates import Progress, Reading, measure_rates
 from planner import __version__
-from planner.files import user_data_folder, write_atomically
-from planner.rates import MACHINE_FILE, Rates, local_rates
+from planner.files import write_atomically
+from planner.rates import Rates, local_rates, machine_file
 from planner.results import SCHEMA_VERSION
 
 MUCH_SPREAD = 0.15
@@ -68,7 +68,7 @@ def measure_and_keep(device: str | None, *, keep: bool, progress: Progress) -> M
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     machine = cpu_machine(read_cpu(), read_memory()) if kind == "cpu" else local_machine()
     rates, readings = measure_rates(torch.device(kind), progress)
-    path = user_data_folder() / MACHINE_FILE
+    path = machine_file(machine.gpu)
     found = MachineRates(
         machine=machine.gpu.architecture if kind == "cpu" else machine.gpu.name,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -10,8 +10,10 @@ import functools
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from planner.errors import DataError, ProfileError
@@ -178,7 +180,7 @@ def rates_of(machine: Machine, setup: TrainSetup) -> Found | None:
     class for another kind, else of the nearest class.
     """
     gpu = machine.gpu
-    if machine.is_local and (measured := local_rates()) is not None:
+    if machine.is_local and (measured := local_rates(machine_file(gpu))) is not None:
         return Found(measured)
     if not gpu.flops or gpu.bandwidth_bytes_per_s is None:
         return None
@@ -196,14 +198,17 @@ class Found:
     is_own: bool = True
 
 
-MACHINE_FILE = "machine-rates.json"
-"""This machine's own rates, in the user's data folder: {"schema_version": 1, "rates": Rates.to_json()}."""
+def machine_file(gpu: GpuProfile) -> Path:
+    """Where a device's own rates are kept: {"schema_version": 1, "rates": Rates.to_json()}, one file to a device."""
+    # All processors are called cpu; what tells them apart is their model.
+    name = gpu.architecture if gpu.backend == "cpu" else gpu.name
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return user_data_folder() / f"machine-rates-{slug}.json"
 
 
 @functools.cache
-def local_rates() -> Rates | None:
-    """What was measured on this machine; None where nobody has. Raises DataError for a broken file."""
-    path = user_data_folder() / MACHINE_FILE
+def local_rates(path: Path) -> Rates | None:
+    """What was measured on a device, from its file; None where nobody has. Raises DataError for a broken file."""
     if not path.is_file():
         return None
     try:
