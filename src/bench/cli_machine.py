@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bench.cli_commands import device_option
+from bench.cli_trace import progress_bar
 from bench.extras import require_train_extra
 from planner.cli_options import SectionedCommand, json_option
 from planner.render import Column, format_json, format_table, terminal_width
 
 if TYPE_CHECKING:
-    from bench.rates import Progress, Reading
+    from bench.rates import Reading
 
 
 @click.command("machine", cls=SectionedCommand, epilog="Example: finefit machine")
@@ -32,7 +32,7 @@ def machine_command(device: str | None, dry_run: bool, as_json: bool) -> None:
     from bench.machine_rates import measure_and_keep
 
     # libraries that print while they are imported or run would spoil the JSON
-    with redirect_stdout(sys.stderr), _bar() as progress:
+    with redirect_stdout(sys.stderr), progress_bar("machine") as progress:
         found = measure_and_keep(device, keep=not dry_run, progress=progress)
     if as_json:
         click.echo(format_json(found.to_json()))
@@ -42,21 +42,6 @@ def machine_command(device: str | None, dry_run: bool, as_json: bool) -> None:
         click.echo(f"warning: {warning}", err=True)
     if found.path is not None:
         click.echo(f"kept in {found.path}", err=True)
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    from tqdm import tqdm
-
-    with tqdm(
-        total=1, leave=False, file=sys.stderr, disable=None, bar_format="{desc} {bar} {n_fmt}/{total_fmt}"
-    ) as bar:
-
-        def show(text: str, part: int, num_parts: int) -> None:
-            bar.total, bar.n = num_parts, part
-            bar.set_description_str(text)
-
-        yield show
 
 
 _SCALES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))

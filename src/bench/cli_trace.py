@@ -111,7 +111,7 @@ def _check_plot(path: Path) -> None:
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Progress]:
+def progress_bar(label: str) -> Iterator[Progress]:
     """A progress bar on a terminal's stderr."""
     from tqdm import tqdm
 
@@ -128,7 +128,7 @@ def _bar(label: str) -> Iterator[Progress]:
 
 def trace_with_bar(setup: TrainSetup, machine: Machine, *, label: str = "trace", **how: bool) -> Traced:
     """Trace a setup; on a terminal a bar, named `label`, says how far it is. `how` and errors: bench.trace.estimate.trace_on."""
-    with _bar(label) as progress, redirect_stdout(sys.stderr):
+    with progress_bar(label) as progress, redirect_stdout(sys.stderr):
         progress("loading libraries", 0, 3)
         from bench.trace.estimate import trace_on
 

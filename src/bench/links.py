@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import statistics
 import time
 from typing import Any
 
 import torch
+
+from bench.trace.processes import free_port
 
 NUM_CALLS = 15
 TIMEOUT_S = 120.0
@@ -19,16 +20,14 @@ def exchange_bytes_per_s(device: torch.device, num_bytes: int) -> tuple[float, f
     """Bytes per second that each of two ranks sends in an all-reduce, the spread (IQR over median), and the calls.
 
     None where this machine has one device only. Two processors' ranks share this machine's cores, as a run's do.
-    Raises queue.Empty where a rank hangs, RuntimeError where one fails.
+    Raises queue.Empty where a rank hangs or fails.
     """
     count = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
     if count < 2:
         return None
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     ranks = [
         context.Process(target=_rank, args=(rank, port, device.type, num_bytes, queue)) for rank in (0, 1)
     ]

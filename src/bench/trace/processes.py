@@ -31,7 +31,7 @@ def measure_ranks(setup: TrainSetup, zero: ZeroSizes = sharding.ZERO) -> list[di
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     ranks = range(setup.num_gpus)
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=_run_rank, args=(r, port, setup.to_dict(), zero, queue)) for r in ranks
     ]
@@ -49,7 +49,8 @@ def measure_ranks(setup: TrainSetup, zero: ZeroSizes = sharding.ZERO) -> list[di
     return [answers[rank] for rank in ranks]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
