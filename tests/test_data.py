@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.batching import collate
 from bench.chat_template import PLAIN_TEMPLATE, ensure_template, render_text
 from bench.data import (
     IGNORE_INDEX,
@@ -351,8 +353,65 @@ def test_pretraining_trains_all_and_loses_nothing(make_tokenizer: Maker) -> None
 def test_texts_have_no_answers(make_tokenizer: Maker) -> None:
     with pytest.raises(DataError, match=r"^d:7: plain texts hold no answers"):
         tokenize_rows([Row(text="Once", line=7, path="d")], make_tokenizer(), seq_len=64)
-    with pytest.raises(SetupError, match="objective: training data for dpo"):
+    with pytest.raises(SetupError, match="objective: training data for mlm"):
+        tokenize_rows([conversation("Hi", "Hello")], make_tokenizer(), seq_len=64, objective="mlm")
+
+
+def pair(*turns: str, rejected: str, line: int = 1) -> Row:
+    """A conversation with its chosen answers, and the same with another last answer."""
+    chosen = conversation(*turns).messages or ()
+    other = (*chosen[:-1], replace(chosen[-1], content=rejected))
+    return Row(messages=chosen, rejected=other, line=line, path="d.jsonl")
+
+
+def test_of_a_pair_only_the_two_answers_train(make_tokenizer: Maker) -> None:
+    tokenizer = make_tokenizer()
+    row = pair("Hi", "Shared answer", "And?", "Better", rejected="Worse words")
+    [example] = tokenize_rows([row], tokenizer, seq_len=4096, objective="dpo").examples
+    words = [
+        tokenizer.decode(sequence.labels[sequence.labels != IGNORE_INDEX]) for sequence in example.sequences
+    ]
+    assert words == ["Better<|im_end|>", "Worse words<|im_end|>"]
+    texts = [tokenizer.decode(sequence.input_ids) for sequence in example.sequences]
+    plain = tokenize_rows(list(row.sequences), tokenizer, seq_len=4096).examples
+    assert texts == [tokenizer.decode(other.input_ids) for other in plain]
+    assert example.num_tokens == sum(s.num_tokens for s in example.sequences) > example.width
+
+
+def test_a_pair_that_the_cut_leaves_without_a_difference_is_dropped(make_tokenizer: Maker) -> None:
+    rows = [pair("Hi", "Good " * 50 + str(n), rejected="Good " * 50, line=n) for n in range(1, 4)]
+    whole = tokenize_rows(rows, make_tokenizer(), seq_len=4096, objective="dpo")
+    assert (whole.facts.num_examples, whole.facts.num_dropped_rows) == (3, 0)
+    short = len(whole.examples[0].input_ids) - 20
+    with pytest.raises(DataError, match="3 of 3 rows have nothing to train"):
+        tokenize_rows(rows, make_tokenizer(), seq_len=short, objective="dpo")
+
+
+def test_rows_and_objective_must_agree_on_pairs(make_tokenizer: Maker) -> None:
+    with pytest.raises(DataError, match="the rows have no rejected one"):
         tokenize_rows([conversation("Hi", "Hello")], make_tokenizer(), seq_len=64, objective="dpo")
+    with pytest.raises(DataError, match="set objective to dpo"):
+        tokenize_rows([pair("Hi", "Hello", rejected="No")], make_tokenizer(), seq_len=64)
+
+
+def test_pairs_come_back_from_the_cache_and_lie_by_sides_in_a_batch(
+    tmp_path: Path, make_tokenizer: Maker
+) -> None:
+    path = tmp_path / "d.jsonl"
+    lines = [{"prompt": f"n {n}", "chosen": "yes", "rejected": "not at all"} for n in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, again = (
+        tokenize_file(path, make_tokenizer(), seq_len=64, objective="dpo", cache_dir=tmp_path)
+        for _ in range(2)
+    )
+    assert [[s.input_ids.tolist() for s in e.sequences] for e in first.examples] == [
+        [s.input_ids.tolist() for s in e.sequences] for e in again.examples
+    ]
+    assert [e.group for e in first.examples] == [e.group for e in again.examples]
+    batch = collate([[e] for e in again.examples], pad_id=0)
+    words = make_tokenizer().batch_decode([ids[ids != IGNORE_INDEX] for ids in batch["labels"]])
+    assert words == ["yes<|im_end|>"] * 3 + ["not at all<|im_end|>"] * 3
+    assert find_lost_labels([[e] for e in again.examples], batch) is None
 
 
 def test_control_tokens_in_the_words_are_counted(make_tokenizer: Maker) -> None:

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from bench.cli import run
 from bench.data import load_rows, tokenize_rows
 from bench.data_inspect import inspect
+from bench.data_masks import first_masks
 from bench.data_personal import KINDS, redact
 from bench.data_similar import SIMILAR, shingles, similar_rows
+from bench.data_text import format_inspection
 from planner.dataset import Row, read_rows
 from planner.dataset_formats import FORMATS
+from planner.dataset_preferences import PREFERENCES
 from planner.errors import DataError
 from planner.planfile import PlanFile
 from tiny_llama import CONFIG, save_tiny_model, tiny_setup, write_rows
@@ -28,6 +31,10 @@ WORDS = [f"{a}{b}" for a in ("al", "be", "cor", "du", "fen") for b in ("ma", "ri
 
 def pair(question: str, answer: str) -> dict[str, str]:
     return {"prompt": question, "completion": answer}
+
+
+def preference(question: str, chosen: str, rejected: str) -> dict[str, str]:
+    return {"prompt": question, "chosen": chosen, "rejected": rejected}
 
 
 def write_lines(path: Path, *lines: object) -> Path:
@@ -260,15 +267,47 @@ def test_clean_redacts_at_any_depth(tmp_path: Path) -> None:
 def test_every_format_can_be_written_and_read_back(
     tmp_path: Path, name: str, suffix: str, capsys: Any
 ) -> None:
-    path = write_lines(tmp_path / "d.jsonl", pair('say "a,b"\tto\nme', "ok, then"), pair("今天", "好"))
+    rows = [('say "a,b"\tto\nme', "ok, then"), ("今天", "好")]
+    is_paired = any(f.name == name for f in PREFERENCES)
+    lines = [preference(*row, "no") if is_paired else pair(*row) for row in rows]
+    path = write_lines(tmp_path / "d.jsonl", *lines)
     out = tmp_path / f"out{suffix}"
     code = run(["data", "convert", str(path), "--to", name, "--out", str(out)])
-    if suffix in (".csv", ".tsv") and name in ("messages", "sharegpt"):
+    if suffix in (".csv", ".tsv") and name in NESTED:
         assert code == 1
         assert not out.exists()
         return
     assert code == 0
-    assert [row.messages for row in read_rows(out)] == [row.messages for row in read_rows(path)]
+    assert [row.content for row in read_rows(out)] == [row.content for row in read_rows(path)]
+
+
+NESTED = ("messages", "sharegpt", "preference", "sharegpt-preference", "messages-preference")
+"""Formats with lists or objects in a column."""
+
+
+def test_pairs_are_counted_and_looked_at_as_dpo_trains_them(tmp_path: Path, model: Path) -> None:
+    path = write_lines(
+        tmp_path / "d.jsonl",
+        preference("one", "yes", "no"),
+        preference("two", "yes " * 40, "no"),
+        preference("three", "yes " * 40, "no " * 60),
+        preference("same", "yes", "yes"),
+    )
+    setup = tiny_setup(model=str(model), seq_len=80)
+    found = inspect(path, setup)
+    assert (found.num_rows, found.num_pairs, found.tokens.num_truncated_rows) == (3, 3, 2)
+    assert (found.tokens.num_truncated_pairs, found.faults["same"].num_rows) == (1, 1)
+    assert found.findings == ()
+    text = format_inspection(found)
+    assert "3 rows with a chosen and a rejected answer" in text and "chosen and rejected are one" in text
+    masks = first_masks(path, setup, num_rows=1)
+    assert [mask.splitlines()[-1] for mask in masks] == ["⟦yes<|im_end|>⟧", "⟦no<|im_end|>⟧"]
+
+
+def test_a_pair_becomes_no_single_answer(tmp_path: Path, capsys: Any) -> None:
+    path = write_lines(tmp_path / "d.jsonl", preference("a", "b", "c"))
+    assert run(["data", "convert", str(path), "--to", "messages", "--out", str(tmp_path / "o.jsonl")]) == 1
+    assert "needs a format that holds both" in capsys.readouterr().err
 
 
 def test_what_a_format_cannot_hold_is_an_error_and_leaves_what_was_there(tmp_path: Path, capsys: Any) -> None:

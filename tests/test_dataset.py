@@ -60,8 +60,44 @@ def test_every_format_says_the_same(tmp_path: Path, record: object) -> None:
     assert row.text is None
 
 
-def test_every_format_is_tried_above() -> None:
-    assert {f.name for f in FORMATS} - {"text"} <= set(SAME_CONVERSATION)
+def test_every_format_is_tried_here() -> None:
+    assert {f.name for f in FORMATS} - {"text"} <= {*SAME_CONVERSATION, *SAME_PAIR}
+
+
+USER, CHOSEN, REJECTED = (
+    {"role": role, "content": text}
+    for role, text in (("user", "Hi"), ("assistant", "Hello!"), ("assistant", "No."))
+)
+SAME_PAIR = {
+    "prompt-preference": {"prompt": "Hi", "chosen": "Hello!", "rejected": "No."},
+    "prompt-preference of turns": {"prompt": [USER], "chosen": [CHOSEN], "rejected": [REJECTED], "score": 1},
+    "prompt and conversations": {"prompt": "Hi", "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
+    "preference": {"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
+    "alpaca-preference": {"instruction": "Hi", "input": "", "chosen": "Hello!", "rejected": "No."},
+    "sharegpt-preference": {
+        "conversations": [{"from": "human", "value": "Hi"}],
+        "chosen": {"from": "gpt", "value": "Hello!"},
+        "rejected": {"from": "gpt", "value": "No."},
+    },
+    "question-preference": {"question": "Hi", "system": "", "chosen": "Hello!", "rejected": "No."},
+    "question-response-preference": {
+        "question": "Hi",
+        "response_chosen": "Hello!",
+        "response_rejected": "No.",
+        "history": [],
+    },
+    "messages-preference": {"messages": [USER, CHOSEN], "rejected_response": "No."},
+}
+
+
+@pytest.mark.parametrize("record", SAME_PAIR.values(), ids=SAME_PAIR)
+def test_every_format_of_pairs_says_the_same(tmp_path: Path, record: object) -> None:
+    [row] = read_rows(write_lines(tmp_path / "d.jsonl", record))
+    assert row.messages == CONVERSATION
+    assert row.rejected == (CONVERSATION[0], Message(role="assistant", content="No."))
+    assert [sequence.messages for sequence in row.sequences] == [row.messages, row.rejected]
+    assert row.num_chars == len("HiHello!HiNo.")
+    assert row.num_answer_chars == len("Hello!No.")
 
 
 def test_instruction_and_input_become_one_turn(tmp_path: Path) -> None:
@@ -146,6 +182,23 @@ FAULTS = {
         b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
         ":1: ",
         "other than text",
+    ),
+    "same answers": (b'{"prompt": "b", "chosen": "c", "rejected": "c"}', ":1: ", "nothing to prefer"),
+    "no common prompt": (
+        b'{"chosen": [{"role": "assistant", "content": "c"}], "rejected": [{"role": "assistant", "content": "d"}]}',
+        ":1: ",
+        "don't begin with the same prompt",
+    ),
+    "answers without a prompt": (
+        b'{"chosen": "c", "rejected": "d"}',
+        ":1: ",
+        "must be a list of turns, not text",
+    ),
+    "empty rejected": (b'{"prompt": "b", "chosen": "c", "rejected": " "}', ":1: ", "(rejected) is empty"),
+    "pair ends with a question": (
+        b'{"prompt": "b", "chosen": "c", "rejected": [{"role": "user", "content": "b"}]}',
+        ":1: ",
+        "must both end with an answer",
     ),
     "deep": (b"[" * 200_000, ":1: ", "can't be read"),
     "huge number": (b'{"text": ' + b"1" * 5000 + b"}", ":1: ", "can't be read"),
@@ -284,6 +337,9 @@ def rows_or_data_error(path: Path) -> None:
         assert row.num_chars > 0
         if row.messages is not None:
             assert any(m.role == "assistant" and m.content.strip() for m in row.messages)
+        if row.rejected is not None:
+            assert row.rejected != row.messages
+            assert row.rejected[0] == (row.messages or ())[0]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -99,18 +99,21 @@ def collate(
 
     Packed: position_ids restart with each document and there is no mask (a mask, or use_cache=True, would let
     documents see each other); padding at the end is a document of its own without labels. Padding is told by
-    its place, never by its id, so an end token that is also the pad token keeps its label. Raises ValueError
+    its place, never by its id, so an end token that is also the pad token keeps its label.
+
+    Pairs: all chosen answers, then all rejected ones, and `reference_logps` (float32, one for each row). Raises ValueError
     when a row is longer than seq_len, or holds several documents without packing.
     """
     import torch
 
+    rows = sequences(rows)
     lengths = [sum(example.num_tokens for example in row) for row in rows]
     width = max(lengths) if seq_len is None else seq_len
     if max(lengths) > width:
         raise ValueError(f"a row has {max(lengths)} tokens, more than seq_len {seq_len}")
     if not packing and any(len(row) != 1 for row in rows):
         raise ValueError("several documents in one row need packing")
-    batch = {
+    batch: dict[str, np.ndarray[Any, Any]] = {
         "input_ids": np.full((len(rows), width), pad_id, dtype=np.int64),
         "labels": np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64),
         "position_ids": np.zeros((len(rows), width), dtype=np.int64),
@@ -126,7 +129,17 @@ def collate(
         batch["position_ids"][number, at:] = np.arange(width - at)
     if not packing and min(lengths) < width:
         batch["attention_mask"] = (np.arange(width) < np.array(lengths)[:, None]).astype(np.int64)
+    if rows[0][0].reference_logp is not None:
+        batch["reference_logps"] = np.array([row[0].reference_logp for row in rows], dtype=np.float32)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def sequences(rows: Sequence[Sequence[Example]]) -> Sequence[Sequence[Example]]:
+    """What the model reads of the rows: pairs as the chosen conversations, then the rejected ones."""
+    if rows[0][0].rejected is None:
+        return rows
+    sides = zip(*(row[0].sequences for row in rows), strict=True)
+    return [[example] for side in sides for example in side]
 
 
 def num_real_tokens(rows: Sequence[Sequence[Example]]) -> int:

@@ -187,7 +187,8 @@ def _complete_formats(ctx: Any, param: Any, incomplete: str) -> list[Any]:
     required=True,
     metavar="FORMAT",
     shell_complete=_complete_formats,
-    help="messages, sharegpt, alpaca, dolly, prompt-completion, prompt-response, question-answer or text.",
+    help="messages, sharegpt, alpaca, dolly, prompt-completion, prompt-response, question-answer or text; "
+    "of pairs of answers preference, prompt-preference, alpaca-preference, sharegpt-preference and others.",
 )
 @_force_option
 @json_option

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,41 @@ class Example:
     `labels[i]` is `input_ids[i]` where the token is trained, else -100; the model shifts them itself.
     `labels[0]` is always -100: nothing predicts the first token, also not inside a packed row.
     `group` is equal for exact duplicates and for pieces of one long text; the split keeps groups whole.
+
+    A pair of answers: this is the chosen one's conversation, and `rejected` the other's. `reference_logp` is the log
+    probability of the labels under the model that a run begins with, None before it is known.
     """
 
     input_ids: Ids
     labels: Ids
     group: str
+    rejected: Example | None = None
+    reference_logp: float | None = None
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """What the model reads: the document, or each conversation of a pair by itself."""
+        if self.rejected is None:
+            return (self,)
+        return replace(self, rejected=None), self.rejected
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the document."""
-        return len(self.input_ids)
+        """Tokens of the document, or of both conversations of a pair."""
+        return sum(len(ids) for ids in self._parts("input_ids"))
 
     @property
     def num_trained_tokens(self) -> int:
         """Tokens that give a loss."""
-        return int((self.labels != IGNORE_INDEX).sum())
+        return sum(int((labels != IGNORE_INDEX).sum()) for labels in self._parts("labels"))
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(len(ids) for ids in self._parts("input_ids"))
+
+    def _parts(self, name: str) -> list[Ids]:
+        return [getattr(part, name) for part in (self, self.rejected) if part is not None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +75,7 @@ class TokenFacts:
     `template`: "chat" (the tokenizer's own), "plain" (finefit's, for tokenizers without one) or "none" (plain
     texts). `spans`: how answers were found, see `bench.chat_template`; "all" where everything trains.
     `num_truncated_rows` lost tokens at seq_len, `num_lost_answer_tokens` of them trained ones; `num_dropped_rows` of
-    these rows had no trained token left. In pretraining, long texts are cut into several examples
+    these rows had no trained token left, or of a pair no difference. In pretraining, long texts are cut into several examples
     (`num_split_rows`) and lose at most a last single token. `num_control_token_rows` hold the text of a control token such as
     <|im_end|>, which the tokenizer reads as one; in `num_cut_thought_rows` the template left out thoughts.
     """
@@ -98,7 +118,8 @@ class TokenLengths:
 def tokenize_rows(rows: Sequence[Row], tokenizer: Any, *, seq_len: int, objective: str = "sft") -> Tokenized:
     """Rows as examples of at most `seq_len` tokens.
 
-    Objective sft trains all assistant turns, each with the token that ends it; pretrain trains every token.
+    Objective sft trains all assistant turns, each with the token that ends it; pretrain trains every token; dpo makes
+    an example of each pair of answers.
     A tokenizer without a chat template gets the plain one. Raises DataError with the line of a row that can't be
     written, and when an audit fails (`bench.data_audit`): more than 1 % of the rows without a trained token, no turn
     ever ended, or two BOS tokens.
@@ -144,7 +165,7 @@ def token_lengths(path: str | Path, tokenizer: Any, *, objective: str = "sft") -
     rows = load_rows(path)
     if any(row.text is None for row in rows):
         ensure_template(tokenizer)
-    lengths = sorted(len(document.ids) for document in documents(rows, tokenizer, objective))
+    lengths = sorted(document.num_tokens for document in documents(rows, tokenizer, objective))
     return TokenLengths(
         num_rows=len(rows),
         total_tokens=sum(lengths),
@@ -189,7 +210,7 @@ def check_vocabulary(tokenizer: Any, embedding_rows: int) -> None:
 
 def cut(document: Document, seq_len: int, objective: str) -> list[Example]:
     """The examples of at most `seq_len` tokens that a document gives: one or none, several pieces in pretraining."""
-    return (_pieces if objective == "pretrain" else _beginning)(document, seq_len)
+    return _CUTS.get(objective, _beginning)(document, seq_len)
 
 
 def _beginning(document: Document, seq_len: int) -> list[Example]:
@@ -204,6 +225,40 @@ def _pieces(document: Document, seq_len: int) -> list[Example]:
     starts = range(0, len(ids), seq_len)
     parts = [_example(ids[s : s + seq_len], trained[s : s + seq_len], group) for s in starts]
     return [part for part in parts if part.num_trained_tokens]
+
+
+def _pair(document: Document, seq_len: int) -> list[Example]:
+    """Both conversations' first `seq_len` tokens, or nothing where one trains nothing or both have become one."""
+    chosen, rejected = (
+        _example(sequence.ids[:seq_len], sequence.trained[:seq_len]) for sequence in document.sequences
+    )
+    if not (chosen.num_trained_tokens and rejected.num_trained_tokens) or chosen.group == rejected.group:
+        return []
+    return [
+        replace(
+            chosen, rejected=rejected, group=_digest(np.concatenate((chosen.input_ids, rejected.input_ids)))
+        )
+    ]
+
+
+_CUTS = {"pretrain": _pieces, "dpo": _pair}
+
+
+def num_kept_tokens(document: Document, examples: Sequence[Example]) -> tuple[int, ...]:
+    """Of each of the document's sequences, the tokens from its beginning that its examples hold."""
+    if document.rejected is None:
+        return (sum(example.num_tokens for example in examples),)
+    return tuple(s.num_tokens for s in examples[0].sequences) if examples else (0, 0)
+
+
+def num_lost_answer_tokens(document: Document, kept: Sequence[int]) -> int:
+    """Trained tokens beyond those."""
+    return sum(int(s.trained[n:].sum()) for s, n in zip(document.sequences, kept, strict=True))
+
+
+def is_cut(document: Document, kept: Sequence[int]) -> list[bool]:
+    """Of each of the document's sequences whether some of it is lost."""
+    return [n < len(s.ids) for s, n in zip(document.sequences, kept, strict=True)]
 
 
 def _example(ids: Ids, trained: npt.NDArray[np.bool_], group: str = "") -> Example:
@@ -230,8 +285,8 @@ def _facts(results: Sequence[_Result], template: str, tokenizer: Any) -> TokenFa
     found = [document for document, _ in results]
     examples = [example for _, examples in results for example in examples]
     num_trained = sum(example.num_trained_tokens for example in examples)
-    kept = [(document, sum(example.num_tokens for example in pieces)) for document, pieces in results]
-    cut = [(document, num_kept) for document, num_kept in kept if num_kept < len(document.ids)]
+    kept = [(document, num_kept_tokens(document, pieces)) for document, pieces in results]
+    cut = [(document, num_kept) for document, num_kept in kept if any(is_cut(document, num_kept))]
     written = tokenizer.chat_template if template != "none" else ""
     return TokenFacts(
         num_rows=len(results),
@@ -239,7 +294,7 @@ def _facts(results: Sequence[_Result], template: str, tokenizer: Any) -> TokenFa
         num_tokens=sum(example.num_tokens for example in examples),
         num_trained_tokens=num_trained,
         num_truncated_rows=len(cut),
-        num_lost_answer_tokens=sum(int(document.trained[num_kept:].sum()) for document, num_kept in cut),
+        num_lost_answer_tokens=sum(num_lost_answer_tokens(document, num_kept) for document, num_kept in cut),
         num_dropped_rows=sum(not e for _, e in results),
         num_split_rows=sum(len(e) > 1 for _, e in results),
         num_control_token_rows=sum(document.has_control_tokens for document in found),

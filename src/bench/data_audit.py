@@ -27,6 +27,8 @@ SERVED_ROWS = 50
 _SERVING_MODES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"enable_thinking": True})
 """What servers let their users choose of a template; one that knows no thinking ignores it."""
 _SHOWN_CHARS = 40
+ANSWERED = ("sft", "dpo")
+"""Objectives that train answers, whose template and end tokens matter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,7 @@ class Finding:
 class TokenAudit:
     """What the rows' tokens say, gathered row by row in bounded memory (4 bytes a row).
 
-    `lengths` are the rows' tokens before any truncation. A row is untrained when no token of it trains within
+    `lengths` are the rows' tokens before any truncation, a pair's those of its longer conversation. A row is untrained when no token of it trains within
     `seq_len`, and doubled when it begins with two BOS tokens.
     """
 
@@ -65,9 +67,10 @@ class TokenAudit:
         """Take one row in; `trains`: whether a token of it trains within seq_len."""
         place = (row.path, row.line)
         self._first = self._first if self.lengths else place
-        self.lengths.append(len(document.ids))
-        self.has_ends |= bool(document.ends)
-        self.has_trained_ends |= any(end < self.seq_len for end in document.ends)
+        self.lengths.append(document.num_tokens)
+        ends = [end for sequence in document.sequences for end in sequence.ends]
+        self.has_ends |= bool(ends)
+        self.has_trained_ends |= any(end < self.seq_len for end in ends)
         if not trains:
             self._untrained = self._untrained if self.num_untrained_rows else place
             self.num_untrained_rows += 1
@@ -92,7 +95,7 @@ class TokenAudit:
         return _finding("untrained-rows", message, self._untrained)
 
     def _find_endless(self) -> Finding | None:
-        if self.objective != "sft" or self.has_trained_ends or not self.lengths:
+        if self.objective not in ANSWERED or self.has_trained_ends or not self.lengths:
             return None
         reason = "the chat template never ends an answer and the tokenizer has no end token"
         if self.has_ends:
@@ -200,9 +203,12 @@ def find_lost_labels(rows: Sequence[Sequence[Example]], batch: Any) -> Finding |
     """Whether the batch trains fewer or other tokens than its rows say, as where padding is told by its id and the pad
     token is the end token: then no answer's end would train.
     """
+    from bench.batching import sequences
     from bench.data import IGNORE_INDEX
 
-    expected = [int(n) for row in rows for example in row for n in example.labels if n != IGNORE_INDEX]
+    expected = [
+        int(n) for row in sequences(rows) for example in row for n in example.labels if n != IGNORE_INDEX
+    ]
     labels = batch["labels"]
     if labels[labels != IGNORE_INDEX].tolist() == expected:
         return None

@@ -21,7 +21,8 @@ from bench.data_personal import redact
 from bench.data_similar import SimilarRows, similar_rows
 from planner.dataset import FaultyRow, Row, Source
 from planner.dataset_files import estimate_records
-from planner.dataset_formats import FORMATS, Format, RowError
+from planner.dataset_formats import FORMATS
+from planner.dataset_turns import Format, RowError
 from planner.errors import DataError, UnknownNameError, UsageError
 from planner.files import atomic_files
 
@@ -87,7 +88,7 @@ def convert(path: Path, out: Path, *, to: str, progress: Progress = lambda *_: N
             if isinstance(item, FaultyRow):
                 raise item.as_error("; `finefit data clean` leaves such rows out")
             try:
-                write.add(chosen.write(item.messages or item.text or ""))
+                write.add(chosen.write(item.content))
             except RowError as error:
                 raise DataError(item.path, str(error), item.line) from error
             count += 1
@@ -172,6 +173,7 @@ _FAULTS = {
     "json": "broken JSON",
     "encoding": "not UTF-8",
     "empty": "empty",
+    "same": "chosen and rejected are one",
     "format": "wrong columns or turns",
 }
 _REASONS = ("", "near-duplicate", "duplicate", "in the evaluation file")

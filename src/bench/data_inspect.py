@@ -134,7 +134,7 @@ class _Look:
         self.share = 1.0 if sample_rows is None else min(1.0, sample_rows / self.about)
         self.places = _Places()
         self.characters = array("I")
-        self.num_sampled = self.num_faulty = 0
+        self.num_sampled = self.num_faulty = self.num_pairs = 0
         self.fault_message: str | None = None
         self.faults, self.personal, self.encoding = _Tallies(), _Tallies(), _Tallies()
         self.languages: Counter[str] = Counter()
@@ -164,6 +164,7 @@ class _Look:
         place = f"{row.path}:{row.line}"
         self.places.add(row)
         self.index.add(row)
+        self.num_pairs += row.rejected is not None
         for name in encoding_faults(row):
             self.encoding[name].add(place)
         personal: Counter[str] = Counter()
@@ -187,6 +188,7 @@ class _Look:
             num_files=len(self.source.files),
             size_bytes=sum(file.stat().st_size for file in self.source.files),
             num_rows=self.num_rows,
+            num_pairs=self.num_pairs,
             faults=self.faults.found(),
             fault_message=self.fault_message,
             ignored_columns=tuple(sorted(self.source.ignored_columns)),

@@ -11,6 +11,7 @@ from bench.data import extra_readers
 from bench.data_inspect import find_tokenizer
 from bench.data_personal import redact
 from bench.data_text import format_mask
+from bench.data_tokens import fitting
 from bench.encode import documents
 from planner.dataset import Row, Source
 from planner.errors import FinefitError
@@ -18,7 +19,7 @@ from planner.setup import TrainSetup
 
 
 def first_masks(path: Path, setup: TrainSetup, *, num_rows: int, hide_personal: bool = False) -> list[str]:
-    """The first `num_rows` rows as text. Raises FinefitError where there is no tokenizer, DataError for a row that
+    """The first `num_rows` rows as text, of a pair both conversations. Raises FinefitError where there is no tokenizer, DataError for a row that
     the template refuses.
     """
     tokenizer, notes = find_tokenizer(setup)
@@ -31,13 +32,19 @@ def first_masks(path: Path, setup: TrainSetup, *, num_rows: int, hide_personal: 
     items = Source(path, extra_readers()).rows_and_faults()
     rows = list(islice((item for item in items if isinstance(item, Row)), num_rows))
     rows = [_redacted(row) for row in rows] if hide_personal else rows
+    setup = fitting(setup, rows[0]) if rows else setup
     found = documents(rows, tokenizer, setup.objective)
     return [
-        format_mask(row, document, tokenizer, setup.seq_len)
+        format_mask(row, sequence, tokenizer, setup.seq_len)
         for row, document in zip(rows, found, strict=True)
+        for sequence in document.sequences
     ]
 
 
 def _redacted(row: Row) -> Row:
-    messages = row.messages and tuple(replace(m, content=redact(m.content)[0]) for m in row.messages)
-    return replace(row, messages=messages, text=row.text and redact(row.text)[0])
+    conversations = (
+        turns and tuple(replace(m, content=redact(m.content)[0]) for m in turns)
+        for turns in (row.messages, row.rejected)
+    )
+    messages, rejected = conversations
+    return replace(row, messages=messages, rejected=rejected, text=row.text and redact(row.text)[0])

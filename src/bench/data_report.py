@@ -42,13 +42,14 @@ class Lengths:
 class TokenReport:
     """What tokenising the measured rows to `seq_len` would do; counts are of these rows alone.
 
-    The template can't write `num_refused_rows`. `num_answer_tokens` are trained tokens before truncation, `num_lost_answer_tokens` those beyond seq_len.
+    `num_truncated_pairs` are pairs of which both answers' conversations are cut. The template can't write `num_refused_rows`. `num_answer_tokens` are trained tokens before truncation, `num_lost_answer_tokens` those beyond seq_len.
     """
 
     seq_len: int
     lengths: Lengths
     num_refused_rows: int
     num_truncated_rows: int
+    num_truncated_pairs: int
     num_answer_tokens: int
     num_lost_answer_tokens: int
     num_untrained_rows: int
@@ -69,7 +70,7 @@ class Overlap:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection:
-    """All that was found. `tokens` is None where no tokenizer could be had; `notes` then say why.
+    """All that was found. `num_pairs` rows hold two answers. `tokens` is None where no tokenizer could be had; `notes` then say why.
 
     `faults` groups rows that can't be read by kind; `languages` counts the `num_language_rows` rows looked at.
     """
@@ -79,6 +80,7 @@ class Inspection:
     num_files: int
     size_bytes: int
     num_rows: int
+    num_pairs: int
     faults: dict[str, Found]
     fault_message: str | None
     ignored_columns: tuple[str, ...]

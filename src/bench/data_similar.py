@@ -46,7 +46,8 @@ def row_text(row: Row) -> str:
     """All that a row says; roles and turns are kept apart by control characters that no text should hold."""
     if row.text is not None:
         return row.text
-    return "\x1e".join(f"{m.role}\x1f{m.content}" for m in row.messages or ())
+    conversations = ("\x1e".join(f"{m.role}\x1f{m.content}" for m in s.messages or ()) for s in row.sequences)
+    return "\x1d".join(conversations)
 
 
 def row_digest(row: Row) -> int:

@@ -21,6 +21,7 @@ _FAULTS = {
     "json": "broken JSON",
     "encoding": "not UTF-8",
     "empty": "empty",
+    "same": "chosen and rejected are one",
     "format": "wrong columns or turns",
 }
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -48,6 +49,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "format", found.format + _ignored(found.ignored_columns)
     files = "" if found.num_files == 1 else f" in {found.num_files} files"
     yield "rows", f"{found.num_rows:,}{files}, {found.size_bytes:,} bytes"
+    if found.num_pairs:
+        yield "pairs", f"{found.num_pairs:,} rows with a chosen and a rejected answer, for --objective dpo"
     for name, fault in found.faults.items():
         yield "can't be read", f"{_FAULTS[name]}: {_found(fault)}"
     if found.fault_message:
@@ -80,6 +83,8 @@ def _token_facts(found: Inspection) -> Iterator[tuple[str, str]]:
         "cut at seq_len",
         f"{tokens.num_truncated_rows:,}{measured} rows are longer than {tokens.seq_len} tokens",
     )
+    if tokens.num_truncated_pairs:
+        yield "", f"{tokens.num_truncated_pairs:,} of them with both answers"
     share = tokens.num_lost_answer_tokens / max(1, tokens.num_answer_tokens)
     yield (
         "answer tokens",

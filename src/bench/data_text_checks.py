@@ -21,7 +21,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 def contents(row: Row) -> list[str]:
     """The texts of a row, turn by turn."""
-    return [row.text] if row.text is not None else [m.content for m in row.messages or ()]
+    return [row.text] if row.text is not None else [m.content for m in row.turns]
 
 
 def encoding_faults(row: Row) -> list[str]:

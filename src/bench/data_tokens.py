@@ -6,15 +6,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.data import cut
-from bench.data_audit import Finding, TokenAudit, embedding_rows, find_foreign_tokens, find_unlike_serving
+from bench.data import cut, is_cut, num_kept_tokens, num_lost_answer_tokens
+from bench.data_audit import (
+    ANSWERED,
+    Finding,
+    TokenAudit,
+    embedding_rows,
+    find_foreign_tokens,
+    find_unlike_serving,
+)
 from bench.data_report import TokenReport, lengths_of
 from bench.encode import Document, documents
-from planner.dataset import Row
+from planner.dataset import PAIRED, Row
 from planner.errors import DataError
 from planner.setup import TrainSetup
 
 _BATCH_ROWS = 500
+
+
+def fitting(setup: TrainSetup, row: Row) -> TrainSetup:
+    """The setup as it can train the row: what has two answers is a pair for DPO, whatever else is asked for."""
+    is_foreign = row.rejected is not None and setup.objective not in PAIRED
+    return setup.with_(objective=PAIRED[0], packing=False) if is_foreign else setup
 
 
 @dataclass(kw_only=True)
@@ -30,6 +43,7 @@ class TokenLook:
     refused: Finding | None = None
     num_refused_rows: int = 0
     num_truncated_rows: int = 0
+    num_truncated_pairs: int = 0
     num_answer_tokens: int = 0
     num_lost_answer_tokens: int = 0
     num_control_token_rows: int = 0
@@ -45,6 +59,8 @@ class TokenLook:
 
     def add(self, row: Row) -> None:
         """Take a row in."""
+        self.setup = fitting(self.setup, row)
+        self.audit.objective = self.setup.objective
         self.waiting.append(row)
         if len(self.waiting) >= _BATCH_ROWS:
             self.flush()
@@ -52,7 +68,7 @@ class TokenLook:
     def flush(self) -> None:
         """Tokenise what waits."""
         rows, self.waiting = self.waiting, []
-        if self.setup.objective == "sft" and self.serving is None and not self.audit.lengths:
+        if self.setup.objective in ANSWERED and self.serving is None and not self.audit.lengths:
             self.serving = find_unlike_serving(rows, self.tokenizer)
         if any(row.messages for row in rows):
             from bench.chat_template import ensure_template
@@ -79,11 +95,13 @@ class TokenLook:
 
     def _look_at(self, row: Row, document: Document) -> None:
         pieces = cut(document, self.setup.seq_len, self.setup.objective)
-        num_kept = sum(piece.num_tokens for piece in pieces)
+        kept = num_kept_tokens(document, pieces)
+        are_cut = is_cut(document, kept)
         self.audit.add(row, document, trains=bool(pieces))
-        self.num_truncated_rows += num_kept < len(document.ids)
-        self.num_answer_tokens += int(document.trained.sum())
-        self.num_lost_answer_tokens += int(document.trained[num_kept:].sum())
+        self.num_truncated_rows += any(are_cut)
+        self.num_truncated_pairs += row.rejected is not None and all(are_cut)
+        self.num_answer_tokens += sum(int(sequence.trained.sum()) for sequence in document.sequences)
+        self.num_lost_answer_tokens += num_lost_answer_tokens(document, kept)
         self.num_control_token_rows += document.has_control_tokens
         self.num_cut_thought_rows += document.cuts_thoughts
 
@@ -107,6 +125,7 @@ class TokenLook:
             lengths=lengths,
             num_refused_rows=self.num_refused_rows,
             num_truncated_rows=self.num_truncated_rows,
+            num_truncated_pairs=self.num_truncated_pairs,
             num_answer_tokens=self.num_answer_tokens,
             num_lost_answer_tokens=self.num_lost_answer_tokens,
             num_untrained_rows=self.audit.num_untrained_rows,

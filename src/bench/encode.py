@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bench.chat_template import Rendered, TemplateError, render
-from planner.dataset import Row
+from planner.dataset import Row, check_rows
 from planner.errors import DataError, SetupError
 
 _ROWS_AT_ONCE = 1000
@@ -22,7 +22,8 @@ _ROWS_AT_ONCE = 1000
 class Document:
     """One whole row: `ids` (int32) and `trained` (bool) have one length; `ends` are the places of trained end tokens.
 
-    `method` says how the answers were found (`bench.chat_template`), "all" where every token trains.
+    `method` says how the answers were found (`bench.chat_template`), "all" where every token trains. `rejected` is the
+    other conversation of a pair; of both only what follows the shared turns trains.
     """
 
     ids: npt.NDArray[np.int32]
@@ -31,6 +32,17 @@ class Document:
     method: str
     has_control_tokens: bool
     cuts_thoughts: bool = False
+    rejected: Document | None = None
+
+    @property
+    def sequences(self) -> tuple[Document, ...]:
+        """The document, and a pair's other one."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens; of a pair, of its longer conversation."""
+        return max(len(sequence.ids) for sequence in self.sequences)
 
 
 def documents(rows: Sequence[Row], tokenizer: Any, objective: str) -> Iterator[Document]:
@@ -42,6 +54,7 @@ def documents(rows: Sequence[Row], tokenizer: Any, objective: str) -> Iterator[D
         raise SetupError(
             "objective", f"training data for {objective} can't be read yet; {' and '.join(_ENCODERS)} can"
         )
+    check_rows(rows, objective)
     facts = _TokenizerFacts.of(tokenizer)
     for at in range(0, len(rows), _ROWS_AT_ONCE):
         yield from encode(rows[at : at + _ROWS_AT_ONCE], tokenizer, facts)
@@ -80,7 +93,12 @@ class _TokenizerFacts:
 
 def _encode_answers(rows: Sequence[Row], tokenizer: Any, facts: _TokenizerFacts) -> Iterator[Document]:
     """Objective sft: all assistant turns train."""
-    chats = [_render(tokenizer, row) for row in rows]
+    return _encode_chats(rows, [_render(tokenizer, row) for row in rows], tokenizer, facts)
+
+
+def _encode_chats(
+    rows: Sequence[Row], chats: Sequence[Rendered], tokenizer: Any, facts: _TokenizerFacts
+) -> Iterator[Document]:
     encoded = _tokenize_chats(tokenizer, [chat.text for chat in chats], offsets=True)
     for row, chat, ids, offsets in zip(
         rows, chats, encoded["input_ids"], encoded["offset_mapping"], strict=True
@@ -112,7 +130,29 @@ def _encode_everything(rows: Sequence[Row], tokenizer: Any, facts: _TokenizerFac
         yield Document(np.array(ids, dtype=np.int32), trained, (), "all", facts.has_control_tokens(row))
 
 
-_ENCODERS = {"sft": _encode_answers, "pretrain": _encode_everything}
+def _encode_pairs(rows: Sequence[Row], tokenizer: Any, facts: _TokenizerFacts) -> Iterator[Document]:
+    """Objective dpo: the answers train that follow the turns which both conversations share."""
+    sides = []
+    for side in (0, 1):
+        own = [row.sequences[side] for row in rows]
+        chats = [_last_answers(_render(tokenizer, row), pair) for row, pair in zip(own, rows, strict=True)]
+        sides.append(_encode_chats(own, chats, tokenizer, facts))
+    for chosen, rejected in zip(*sides, strict=True):
+        yield replace(
+            chosen,
+            has_control_tokens=chosen.has_control_tokens or rejected.has_control_tokens,
+            cuts_thoughts=chosen.cuts_thoughts or rejected.cuts_thoughts,
+            rejected=rejected,
+        )
+
+
+def _last_answers(chat: Rendered, pair: Row) -> Rendered:
+    """A conversation of a pair with the answers that the other one doesn't share."""
+    num_shared = pair.num_shared_answers
+    return replace(chat, answers=chat.answers[num_shared:])
+
+
+_ENCODERS = {"sft": _encode_answers, "pretrain": _encode_everything, "dpo": _encode_pairs}
 
 
 def _render(tokenizer: Any, row: Row) -> Rendered:

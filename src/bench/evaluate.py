@@ -61,11 +61,11 @@ def evaluate(step: TrainStep, examples: Sequence[Example], *, pad_id: int) -> Ev
 
 def eval_rows(setup: TrainSetup, examples: Sequence[Example]) -> Iterator[list[list[Example]]]:
     """The examples batch by batch, in rows as the setup packs them; longest first, so that little is padded."""
-    lengths = [example.num_tokens for example in examples]
     if setup.packing:
+        lengths = [example.num_tokens for example in examples]
         rows = [[examples[i] for i in row] for row in pack(lengths, setup.seq_len)]
     else:
-        rows = [[examples[i]] for i in sorted(range(len(examples)), key=lambda i: -lengths[i])]
+        rows = [[example] for example in sorted(examples, key=lambda example: -example.width)]
     size = setup.eval_batch_size or setup.micro_batch_size
     for start in range(0, len(rows), size):
         yield rows[start : start + size]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.char_lengths import estimated_lengths, spread_by_length
-from planner.dataset import Row
+from planner.dataset import PAIRED, Row, check_rows
 from planner.errors import DataError, FinefitError
 from planner.lengths import DataLengths
 from planner.setup import TrainSetup
@@ -36,6 +36,7 @@ def row_lengths(wishes: Mapping[str, Any]) -> tuple[DataLengths, str | None]:
 
     setup = TrainSetup(**{name: wishes[name] for name in _FIELDS if name in wishes})
     rows = load_rows(str(setup.data))
+    check_rows(rows, setup.objective)
     try:
         return _counted(setup, rows), None
     except ModuleNotFoundError as error:
@@ -49,10 +50,11 @@ def row_lengths(wishes: Mapping[str, Any]) -> tuple[DataLengths, str | None]:
 
 def _counted(setup: TrainSetup, rows: Sequence[Row]) -> DataLengths:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    chosen = spread_by_length(rows, SAMPLE_ROWS)
+    sequences = [sequence for row in rows for sequence in row.sequences]
+    chosen = spread_by_length(sequences, SAMPLE_ROWS)
     counts = _count(setup, chosen)
-    if len(chosen) == len(rows):
-        source = f"{len(rows):,} rows through the model's tokenizer"
+    if len(chosen) == len(sequences):
+        source = f"{len(sequences):,} rows through the model's tokenizer"
         return DataLengths.of(counts, num_rows=len(rows), source=source)
     found = DataLengths.of(
         # the longest row was chosen for its length: it doesn't stand for others
@@ -60,7 +62,7 @@ def _counted(setup: TrainSetup, rows: Sequence[Row]) -> DataLengths:
         num_rows=len(rows),
         longest=counts[-1],
         standard_error=_standard_error(counts[:-1]),
-        source=f"{len(chosen):,} of {len(rows):,} rows through the model's tokenizer",
+        source=f"{len(chosen):,} of {len(sequences):,} rows through the model's tokenizer",
     )
     # another row may have more tokens than the one with the most characters
     densest = max(
@@ -84,7 +86,9 @@ def _count(setup: TrainSetup, rows: Sequence[Row]) -> list[int]:
     from bench.encode import documents
     from bench.weights import load_tokenizer
 
-    return [len(document.ids) for document in documents(rows, load_tokenizer(setup), setup.objective)]
+    # a pair's conversations have become rows of their own
+    objective = "sft" if setup.objective in PAIRED else setup.objective
+    return [len(document.ids) for document in documents(rows, load_tokenizer(setup), objective)]
 
 
 def _light_counter(setup: TrainSetup) -> Callable[[Sequence[Row]], list[int]] | None:
@@ -94,7 +98,7 @@ def _light_counter(setup: TrainSetup) -> Callable[[Sequence[Row]], list[int]] | 
     """
     from bench.weights import tokenizer_folder
 
-    if setup.objective not in ("sft", "pretrain"):
+    if setup.objective not in ("sft", "pretrain", *PAIRED):
         return None
     folder = tokenizer_folder(setup)
     template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"

@@ -14,6 +14,7 @@ import torch
 from bench.batching import BatchPlan, collate, num_real_tokens, num_trained_tokens
 from bench.data import Example, TokenFacts, extra_readers, split
 from bench.data_audit import (
+    ANSWERED,
     embedding_rows,
     find_foreign_tokens,
     find_lost_labels,
@@ -83,7 +84,7 @@ def load_run_data(setup: TrainSetup, tokenizer: Any) -> RunData:
 def _audit_settings(setup: TrainSetup, data: str, tokenizer: Any) -> None:
     """What a few rows and the tokenizer tell within a second. Raises DataError."""
     stop_at(find_foreign_tokens(tokenizer, embedding_rows(setup)))
-    if setup.objective == "sft":
+    if setup.objective in ANSWERED:
         # rows that are broken are listed all at once by who tokenises them
         items = Source(data, extra_readers()).rows_and_faults()
         stop_at(find_unlike_serving((item for item in items if isinstance(item, Row)), tokenizer))
@@ -127,7 +128,7 @@ def run_data(
 
 def _fingerprint(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
+    for example in (sequence for row in examples for sequence in row.sequences):
         digest.update(len(example.input_ids).to_bytes(8, "little"))
         digest.update(example.input_ids.tobytes())
         digest.update(example.labels.tobytes())

@@ -53,7 +53,7 @@ def worst_batch(data: RunData, device: torch.device) -> StepBatch:
     from dataclasses import replace
 
     rows = data.batches.rows
-    lengths = [sum(data.train[number].num_tokens for number in row) for row in rows]
+    lengths = [sum(data.train[number].width for number in row) for row in rows]
     size = data.setup.micro_batch_size * data.setup.grad_accum_steps
     longest = sorted(range(len(rows)), key=lambda row: -lengths[row])[:size]
     batches = replace(data.batches, rows=tuple(rows[row] for row in longest))
@@ -64,7 +64,7 @@ def eval_examples(data: RunData) -> list[Example]:
     """The longest held-out examples (training ones where none are held out) that fill one evaluation batch."""
     setup = data.setup
     num_rows = setup.eval_batch_size or setup.micro_batch_size
-    longest_first = sorted(data.held_out or data.train, key=lambda example: -example.num_tokens)
+    longest_first = sorted(data.held_out or data.train, key=lambda example: -example.width)
     if not setup.packing:
         return longest_first[:num_rows]
     chosen, num_tokens = [], 0

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from planner.dataset import content_sha256
 from planner.errors import FinefitError
 from planner.files import user_cache, write_atomically
 
-_LAYOUT = 3
+_LAYOUT = 4
 """Changes with what tokenising does or what the file holds, so that old files are never read as new ones."""
 
 _ABOUT = "finefit"
@@ -74,7 +74,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 def _pack(tokenized: Tokenized, key: str) -> bytes:
     from safetensors.numpy import save
 
-    examples = tokenized.examples
+    examples = [sequence for example in tokenized.examples for sequence in example.sequences]
     arrays = {
         "input_ids": _join([example.input_ids for example in examples]),
         "labels": _join([example.labels for example in examples]),
@@ -84,7 +84,8 @@ def _pack(tokenized: Tokenized, key: str) -> bytes:
         "key": key,
         "sha256": _arrays_sha256(arrays),
         "facts": asdict(tokenized.facts),
-        "groups": [example.group for example in examples],
+        "groups": [example.group for example in tokenized.examples],
+        "sequences_per_example": len(examples) // max(1, len(tokenized.examples)),
     }
     content: bytes = save(arrays, {_ABOUT: json.dumps(about)})
     return content
@@ -100,10 +101,13 @@ def _unpack(path: Path, key: str) -> Tokenized:
         raise ValueError("its content is not what was written")
     borders = np.cumsum(arrays["num_tokens"])[:-1]
     ids, labels = (np.split(arrays[name], borders) for name in ("input_ids", "labels"))
+    groups = [group for group in about["groups"] for _ in range(about["sequences_per_example"])]
     examples = [
-        Example(input_ids=i, labels=la, group=group)
-        for i, la, group in zip(ids, labels, about["groups"], strict=True)
+        Example(input_ids=i, labels=la, group=group) for i, la, group in zip(ids, labels, groups, strict=True)
     ]
+    if about["sequences_per_example"] == 2:
+        pairs = zip(examples[::2], examples[1::2], strict=True)
+        examples = [replace(chosen, rejected=rejected) for chosen, rejected in pairs]
     facts = about["facts"]
     return Tokenized(examples=examples, facts=TokenFacts(**{**facts, "spans": tuple(facts["spans"])}))
 

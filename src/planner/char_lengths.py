@@ -29,15 +29,19 @@ _WIDE = re.compile("[\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef]")
 
 
 def estimated_lengths(rows: Sequence[Row]) -> DataLengths:
-    """Lengths of the rows in tokens, from their characters; the longest is counted at the higher rate."""
-    chosen = spread_by_length(rows, MOST_ROWS)
+    """Lengths of the rows in tokens, from their characters; the longest is counted at the higher rate.
+
+    Both conversations of a pair count.
+    """
+    sequences = [sequence for row in rows for sequence in row.sequences]
+    chosen = spread_by_length(sequences, MOST_ROWS)
     lows, highs = zip(*(_tokens(row) for row in chosen), strict=True)
     middles = [max(1, round((low + high) / 2)) for low, high in zip(lows, highs, strict=True)]
     found = DataLengths.of(
         middles,
         num_rows=len(rows),
         longest=max(1, round(max(highs))),
-        source=f"estimated from the characters of {len(chosen):,} of {len(rows):,} rows, no tokenizer being at hand",
+        source=f"estimated from the characters of {len(chosen):,} of {len(sequences):,} rows, no tokenizer being at hand",
     )
     total = sum(middles)
     return replace(

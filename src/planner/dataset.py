@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from planner.dataset_files import READERS, Fault, Reader, data_files
-from planner.dataset_formats import Format, Message, RowError, accepted_columns, detect
+from planner.dataset_formats import accepted_columns, detect
+from planner.dataset_turns import Content, Format, Message, Pair, RowError
 from planner.errors import DataError
 
+PAIRED = ("dpo",)
+"""Objectives that learn from two answers to each prompt."""
+
 __all__ = [
+    "PAIRED",
     "DatasetFacts",
     "FaultyRow",
     "Message",
     "Row",
     "Source",
+    "check_rows",
     "content_sha256",
     "dataset_facts",
     "iter_rows",
@@ -30,22 +36,66 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One training row: a conversation (`messages`, at least one assistant turn) or a plain `text`, never both."""
+    """One training row: a conversation (`messages`, at least one assistant turn) or a plain `text`, never both.
+
+    `rejected` is the same conversation with another answer, to which that of `messages` is preferred.
+    """
 
     messages: tuple[Message, ...] | None = None
     text: str | None = None
+    rejected: tuple[Message, ...] | None = None
     line: int
     path: str
 
+    @classmethod
+    def of(cls, content: Content, *, line: int, path: str) -> Row:
+        """The row that a record's content makes."""
+        if isinstance(content, str):
+            return cls(text=content, line=line, path=path)
+        if isinstance(content, Pair):
+            return cls(messages=content.chosen, rejected=content.rejected, line=line, path=path)
+        return cls(messages=content, line=line, path=path)
+
+    @property
+    def content(self) -> Content:
+        """What the row says, without its place."""
+        if self.rejected is not None:
+            return Pair(chosen=self.messages or (), rejected=self.rejected)
+        return self.messages or self.text or ""
+
+    @property
+    def sequences(self) -> tuple[Row, ...]:
+        """What is tokenised of it: the row itself, or a pair's two conversations."""
+        if self.rejected is None:
+            return (self,)
+        return replace(self, rejected=None), replace(self, messages=self.rejected, rejected=None)
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """All turns, those that a pair's conversations share once."""
+        content = self.content
+        if isinstance(content, Pair):
+            return (*content.chosen, *content.rejected[content.num_shared :])
+        return self.messages or ()
+
+    @property
+    def num_shared_answers(self) -> int:
+        """Answers before the first difference of a pair: part of its prompt; 0 of any other row."""
+        content = self.content
+        if not isinstance(content, Pair):
+            return 0
+        return sum(turn.role == "assistant" for turn in content.chosen[: content.num_shared])
+
     @property
     def num_chars(self) -> int:
-        """Characters of all turns, or of the text."""
-        return sum(len(m.content) for m in self.messages or ()) + len(self.text or "")
+        """Characters of all turns, or of the text; of a pair, of both conversations."""
+        own = sum(len(m.content) for m in self.messages or ()) + len(self.text or "")
+        return own + sum(len(m.content) for m in self.rejected or ())
 
     @property
     def num_answer_chars(self) -> int:
         """Characters of the assistant's turns."""
-        return sum(len(m.content) for m in self.messages or () if m.role == "assistant")
+        return sum(len(m.content) for m in self.turns if m.role == "assistant")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +146,7 @@ def dataset_facts(path: str | Path, *, readers: Mapping[str, Reader] | None = No
         format=source.format.name if source.format else "unknown",
         num_files=len(source.files),
         num_rows=len(rows),
-        num_duplicate_rows=len(rows) - len({row.messages or row.text for row in rows}),
+        num_duplicate_rows=len(rows) - len({row.content for row in rows}),
         sha256=source.sha256(),
         total_chars=sum(lengths),
         answer_chars=sum(row.num_answer_chars for row in rows),
@@ -113,6 +163,23 @@ def content_sha256(path: str | Path, *, readers: Mapping[str, Reader] | None = N
     return Source(path, readers).sha256()
 
 
+def check_rows(rows: Sequence[Row], objective: str) -> None:
+    """Raise DataError where the objective learns from pairs of answers and the rows are none, or the other way round.
+
+    All rows of a data set have one format: the first one tells.
+    """
+    wants_pairs = objective in PAIRED
+    for row in rows[:1]:
+        if wants_pairs and row.rejected is None:
+            message = (
+                f"objective {objective} learns from two answers to a prompt; the rows have no rejected one"
+            )
+            raise DataError(row.path, message, row.line)
+        if not wants_pairs and row.rejected is not None:
+            message = f"the rows are pairs of a chosen and a rejected answer; set objective to {PAIRED[0]}"
+            raise DataError(row.path, message, row.line)
+
+
 def nearest_rank(sorted_values: Sequence[int], share: float) -> int:
     """The smallest value that at least `share` of the values don't exceed.
 
@@ -125,7 +192,7 @@ def nearest_rank(sorted_values: Sequence[int], share: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FaultyRow:
-    """A record that is no training row, and why; `kind` groups faults: json, encoding, empty or format."""
+    """A record that is no training row, and why; `kind` groups faults: json, encoding, empty, same or format."""
 
     path: str
     line: int
@@ -196,9 +263,7 @@ class Source:
             content = self._format_of(record, path, line).parse(record)
         except RowError as error:
             return FaultyRow(path, line, str(error), error.kind)
-        if isinstance(content, str):
-            return Row(text=content, line=line, path=path)
-        return Row(messages=content, line=line, path=path)
+        return Row.of(content, line=line, path=path)
 
     def _format_of(self, record: Mapping[str, object], path: str, line: int) -> Format:
         """The data set's format, decided by the first record that has one. Raises RowError where this one has another."""

@@ -20,6 +20,8 @@ SURE = 1.645
 class DataLengths:
     """Token lengths of the training rows; `source` says how they are known.
 
+    `num_rows` counts rows of the file. A pair of answers is one of them, and two lengths.
+
     `sample` holds the lengths of rows that stand for all, ascending; empty where only the other figures are known.
     `low_factor` to `high_factor` is what the true lengths may be of those that are given, with nine chances in ten:
     1 where every row was counted, less and more for a sample, far from 1 where `is_estimated` from characters.
