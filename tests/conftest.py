@@ -14,9 +14,15 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from planner.setup import TrainSetup
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 _SESSION_FOLDERS = ("FINEFIT_CACHE", "XDG_CACHE_HOME", "HF_HOME")
@@ -82,6 +88,22 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     root = tmp_path_factory.mktemp("user")
     for name in _TEST_FOLDERS:
         monkeypatch.setenv(name, str(root / name.lower()))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and rows, for whole runs."""
+    from whole_runs import save_tiny_folder
+
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def plan(tiny: Path) -> Callable[..., TrainSetup]:
+    """A plan of a short run of it, with fields changed by name."""
+    from whole_runs import make_plan
+
+    return partial(make_plan, tiny)
 
 
 def _is_here(host: object) -> bool:

@@ -12,7 +12,8 @@ import torch
 from bench import loss as losses
 from bench.build import build_model, trained_parameters
 from bench.optim import build_optimizer, build_schedule
-from bench.step import StopRequestedError, TrainStep, no_phase
+from bench.signals import StopRequestedError
+from bench.step import TrainStep, no_phase
 from planner.errors import SetupError
 from tiny_llama import CONFIG, count_trained, random_batch, tiny_setup
 

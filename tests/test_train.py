@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,100 +21,14 @@ from safetensors.torch import load_file
 from bench import checkpoint, loss, run
 from bench.checkpoint import newest_checkpoint
 from bench.step import TrainStep
-from bench.train import RunSummary, train
+from bench.train import train
 from planner.errors import DataError, FinefitError, InterruptedRunError, SetupError, UsageError
 from planner.planfile import read_plan
 from planner.setup import TrainSetup
-from tiny_llama import CONFIG, save_tiny_model, tiny_setup, write_rows
+from tiny_llama import CONFIG, write_rows
+from whole_runs import NUM_STEPS, assert_equal_runs, make_plan, metrics, quiet_train, stop_at, summary_of
 
 pytestmark = pytest.mark.train
-
-NUM_STEPS = 8
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with model/ and rows.jsonl; 36 rows train, so an epoch has 5 steps of 4 x 2."""
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_model(folder / "model")
-    write_rows(folder / "rows.jsonl", 40)
-    return folder
-
-
-def make_plan(tiny: Path, **changes: Any) -> TrainSetup:
-    values = {
-        "model": str(tiny / "model"),
-        "data": str(tiny / "rows.jsonl"),
-        "from_scratch": False,
-        "seq_len": 64,
-        "micro_batch_size": 4,
-        "grad_accum_steps": 2,
-        "eval_fraction": 0.1,
-        "max_steps": NUM_STEPS,
-        **changes,
-    }
-    return tiny_setup(**values)
-
-
-@pytest.fixture
-def plan(tiny: Path) -> Callable[..., TrainSetup]:
-    return partial(make_plan, tiny)
-
-
-def quiet_train(setup: TrainSetup, folder: Path, **options: Any) -> RunSummary:
-    return train(setup, folder, progress=False, **{"save_every_steps": 3, **options})
-
-
-def metrics(folder: Path, kind: str = "step") -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
-
-
-def course(folder: Path) -> list[tuple[Any, ...]]:
-    """What must not depend on interruptions; losses and norms bit for bit."""
-    keys = ("step", "loss", "grad_norm", "learning_rate", "tokens", "trained_tokens")
-    return [tuple(entry[key] for key in keys) for entry in metrics(folder)]
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The artifact's, and those of the last checkpoint: weights, optimizer, random generators."""
-    (artifact,) = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
-    found, _ = newest_checkpoint(folder / "checkpoints")
-    assert found is not None
-    return {
-        **load_file(artifact),
-        **{f"weights.{name}": t for name, t in found.weights.items()},
-        **{f"state.{name}": t for name, t in load_file(found.path / "state.safetensors").items()},
-    }
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    assert course(one) == course(other)
-    a, b = tensors_of(one), tensors_of(other)
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-    for key in ("eval_before", "eval_after", "sample_before", "sample_after", "num_tokens"):
-        assert summary_of(one)[key] == summary_of(other)[key], key
-
-
-def summary_of(folder: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return summary
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
-    """SIGTERM arrives while the `call`-th call of `owner.name` runs."""
-    original = getattr(owner, name)
-    num_calls = 0
-
-    def interrupted(*args: Any, **options: Any) -> Any:
-        nonlocal num_calls
-        num_calls += 1
-        if num_calls == call:
-            signal.raise_signal(signal.SIGTERM)
-        return original(*args, **options)
-
-    monkeypatch.setattr(owner, name, interrupted)
 
 
 def test_lora_run_leaves_all_that_it_promises(
@@ -249,13 +161,24 @@ MOMENTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def evaluated(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with an evaluation on the way that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("evaluated") / "whole"
+    quiet_train(make_plan(tiny, dropout=0.2), folder, eval_every_steps=4)
+    return folder
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_stop_is_obeyed_at_every_moment(
-    plan: Callable[..., TrainSetup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    plan: Callable[..., TrainSetup],
+    evaluated: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
 ) -> None:
     owner, name, call, step = MOMENTS[moment]
     setup = plan(dropout=0.2)
-    quiet_train(setup, tmp_path / "whole", eval_every_steps=4)
     with monkeypatch.context() as patch:
         stop_at(patch, owner, name, call)
         with pytest.raises(InterruptedRunError) as caught:
@@ -263,7 +186,7 @@ def test_a_stop_is_obeyed_at_every_moment(
     assert caught.value.exit_code == 33
     assert f"SIGTERM after step {step} of" in str(caught.value)
     quiet_train(setup, tmp_path / "cut", eval_every_steps=4)
-    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+    assert_equal_runs(evaluated, tmp_path / "cut")
     assert [e["step"] for e in metrics(tmp_path / "cut", "eval")] == [0, 4, NUM_STEPS]
 
 

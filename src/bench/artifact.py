@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from bench.build import inner_model, torch_dtype
@@ -38,7 +38,7 @@ def write_artifact(setup: TrainSetup, model: Any, tokenizer: Any, run_folder: Pa
             shutil.rmtree(target)
         aside.rename(target)
         sync(run_folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise FinefitError(f"can't write {target}: {error}") from error
     finally:

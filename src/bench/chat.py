@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bench.data import IGNORE_INDEX, Example
-from bench.step import StopRequestedError, never
+from bench.signals import StopRequestedError
+from bench.step import never
 
 MAX_NEW_TOKENS = 40
 NUM_PROMPTS = 2

@@ -49,6 +49,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `root/step-…`, then delete all but the newest `keep`. Raises FinefitError; earlier ones stay whole.
 
+    Later ones go too: they are torn, or of a course that was given up, and would otherwise count as the newest.
     `state` may nest dicts, lists and tuples of tensors, numbers, strings and None.
     """
     target = root / f"{_PREFIX}{step:06d}"
@@ -61,8 +62,8 @@ def save_checkpoint(
         if target.exists():
             _remove(target)
         aside.rename(target)
-        sync(root)
-        for old in _folders(root)[keep:]:
+        sync(root, root.parent)
+        for old in [p for p in _folders(root) if _step_of(p) > step] + _folders(root, step)[keep:]:
             _remove(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -204,7 +205,7 @@ def _fault(folder: Path) -> str | None:
                 return f"{name} has another checksum than its manifest says"
     except FileNotFoundError as error:
         return f"no {Path(error.filename).name}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"unreadable: {type(error).__name__}"
     return None
 
@@ -213,16 +214,26 @@ def _read(folder: Path) -> Checkpoint:
     plain = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return Checkpoint(
         path=folder,
-        step=int(folder.name.removeprefix(_PREFIX)),
+        step=_step_of(folder),
         weights=load_file(folder / WEIGHTS),
         state=unflatten(plain, load_file(folder / TENSORS)),
     )
 
 
-def _folders(root: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+def saved_steps(root: Path) -> list[int]:
+    """The steps of which there is a checkpoint, whole or not, newest first."""
+    return [_step_of(folder) for folder in _folders(root)]
+
+
+def _folders(root: Path, last_step: int | None = None) -> list[Path]:
+    """Checkpoint folders up to `last_step`, newest first."""
     found = [p for p in root.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdecimal() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)), reverse=True)
+    wanted = [p for p in found if last_step is None or _step_of(p) <= last_step]
+    return sorted(wanted, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(_PREFIX))
 
 
 def _remove(folder: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from bench.batching import collate, num_trained_tokens
 from bench.data import Example
-from bench.step import StopRequestedError, TrainStep
+from bench.signals import StopRequestedError
+from bench.step import TrainStep
 from planner.packing import pack
 from planner.setup import TrainSetup
 

@@ -38,25 +38,32 @@ class MetricsLog:
         """The lines that are whole; a crash can leave a torn last one."""
         if not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in self.path.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(entry, dict):
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int) and "kind" in entry:
                 yield entry
 
-    def keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the lines of steps that a resumed run takes again."""
-        if self.path.exists():
-            kept = [json.dumps(entry) + "\n" for entry in self.read() if is_kept(entry)]
-            write_atomically(self.path, "".join(kept))
+    def keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> int:
+        """Drop the lines of steps that a resumed run takes again; how many lines couldn't be read."""
+        if not self.path.exists():
+            return 0
+        num_lines = len(self.path.read_bytes().splitlines())
+        whole = list(self.read())
+        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in whole if is_kept(entry)))
+        return num_lines - len(whole)
 
     def sync(self) -> None:
         """Make the lines so far durable."""
-        if self.path.exists():
+        if not self.path.exists():
+            return
+        try:
             with self.path.open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
+        except OSError as error:
+            raise FinefitError(f"can't write {self.path}: {error.strerror or error}") from error
 
 
 class Progress:

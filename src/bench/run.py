@@ -29,8 +29,8 @@ from bench.metrics import MetricsLog, Progress, memory_now
 from bench.optim import build_optimizer, build_schedule
 from bench.rundata import RunData, StepBatch
 from bench.runfolder import RunFolder
-from bench.signals import StopFlag
-from bench.step import StepResult, StopRequestedError, TrainStep
+from bench.signals import StopFlag, StopRequestedError
+from bench.step import StepResult, TrainStep
 from planner.errors import FinefitError, InterruptedRunError
 from planner.optimizers import find_optimizer
 from planner.setup import TrainSetup
@@ -103,6 +103,8 @@ class Run:
         self._restore()
         check_disk(self.folder.root, self._needed_bytes())
         self.progress = Progress(self.num_steps, self.state.step, self.is_shown)
+        if self.resumed_from is not None:
+            self.progress.say(f"going on after step {self.resumed_from} of {self.num_steps}")
         try:
             self._loop()
         except StopRequestedError:
@@ -222,11 +224,15 @@ class Run:
         checkpoint, notes = newest_checkpoint(self.folder.checkpoints)
         if notes and checkpoint is None:
             notes.append("no checkpoint is whole: the run starts again")
-        self.folder.notes += notes
+        self.folder.note(*notes)
         if checkpoint is not None:
             self._take_over(checkpoint)
         kept = {e["step"] for e in self.state.evaluations}
-        self.log.keep(lambda e: e["step"] <= self.state.step if e["kind"] == "step" else e["step"] in kept)
+        num_torn = self.log.keep(
+            lambda e: e["step"] <= self.state.step if e["kind"] == "step" else e["step"] in kept
+        )
+        if num_torn:
+            self.folder.note(f"{self.log.path.name}: {num_torn} torn lines are left out")
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
@@ -236,10 +242,15 @@ class Run:
                 "choose another --out, or allow the changes"
             )
         load_weights(trained_parameters(self.model), checkpoint.weights)
-        self.optimizer.load_state_dict(_mutable(state["optimizer"]))
-        if self.train_step.scaler is not None and state["scaler"]:
-            self.train_step.scaler.load_state_dict(state["scaler"])
-        self.state = RunState(**state["run"])
+        try:
+            self.optimizer.load_state_dict(_mutable(state["optimizer"]))
+            if self.train_step.scaler is not None and state["scaler"]:
+                self.train_step.scaler.load_state_dict(state["scaler"])
+            self.state = RunState(**state["run"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FinefitError(
+                f"{checkpoint.path} is of another finefit or another optimizer ({error}); choose another --out"
+            ) from error
         self.random = state["random"]
         set_random_state(self.random)
         self.train_step.num_steps_done = self.state.step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -12,6 +13,8 @@ from planner.files import write_atomically
 from planner.planfile import PlanFile, read_plan, write_plan
 
 _LOCK = ".lock"
+_LEFTOVERS = (".plan.yaml.*", ".metrics.jsonl.*", ".summary.json.*")
+"""What a process that was killed while it wrote one of these left beside it."""
 
 
 class RunFolder:
@@ -45,6 +48,8 @@ class RunFolder:
             raise FinefitError(f"can't write in {self.root}: {error.strerror or error}") from error
         try:
             self._take_lock(self._lock)
+            for leftover in self._leftovers():
+                leftover.unlink()
             self._settle_plan()
         except BaseException:
             self._lock.close()
@@ -59,11 +64,26 @@ class RunFolder:
             self._lock.close()
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The summary of a run that is finished, None while it isn't."""
+        """The summary of a run that is finished, None while it isn't or where the file holds none (with a note)."""
         if not self.summary.is_file():
             return None
-        summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
-        return summary
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            summary = error
+        if isinstance(summary, dict):
+            return summary
+        self.note("summary.json is torn: the run's end is done again from its last checkpoint")
+        return None
+
+    def note(self, *lines: str) -> None:
+        """Say something at once that the summary will say as well."""
+        for line in lines:
+            print(f"note: {line}", file=sys.stderr, flush=True)
+        self.notes += lines
+
+    def _leftovers(self) -> list[Path]:
+        return [path for pattern in _LEFTOVERS for path in self.root.glob(pattern)]
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json: the run is finished."""
@@ -73,7 +93,8 @@ class RunFolder:
         if not self.root.is_dir():
             return
         try:
-            others = [p.name for p in self.root.iterdir() if p.name != _LOCK]
+            own = {_LOCK, *(path.name for path in self._leftovers())}
+            others = [p.name for p in self.root.iterdir() if p.name not in own]
         except OSError as error:
             raise FinefitError(f"can't read {self.root}: {error.strerror or error}") from error
         if others and not self.plan_file.is_file():
@@ -96,7 +117,7 @@ class RunFolder:
     def _settle_plan(self) -> None:
         """Write the plan of a new run; compare that of an old one."""
         if self.plan_file.is_file():
-            changes = plan_changes(read_plan(self.plan_file), self.given_plan)
+            changes = self._changes()
             if not changes:
                 return
             if not self.allow_changes:
@@ -104,9 +125,16 @@ class RunFolder:
                     f"{self.root} belongs to another plan ({'; '.join(changes)}); choose another --out, "
                     "or allow the changes"
                 )
-            self.notes.append(f"the plan changed on the way: {'; '.join(changes)}")
+            self.note(f"the plan changed on the way: {'; '.join(changes)}")
         plan = self.given_plan
         write_plan(self.plan_file, plan.setup, plan.gpu or "local", plan.predicted, force=True)
+
+    def _changes(self) -> list[str]:
+        """What the given plan changes in the folder's, which may be torn."""
+        try:
+            return plan_changes(read_plan(self.plan_file), self.given_plan)
+        except FinefitError as error:
+            return [f"its own can't be read: {error}"]
 
 
 def plan_changes(before: PlanFile, now: PlanFile) -> list[str]:

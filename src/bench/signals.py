@@ -1,13 +1,19 @@
-"""A stop that was asked for by SIGTERM or SIGINT and is obeyed at the next safe point."""
+"""A stop that was asked for by SIGTERM or SIGINT and is obeyed at the next safe point, or at once where all are."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequestedError(Exception):
+    """Whoever runs the work asked to stop; what was begun is unfinished."""
 
 
 class StopFlag:
@@ -19,11 +25,30 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._is_urgent = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
         """Whether a stop was asked for."""
         return self.received is not None
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, where nothing can be lost, a stop raises StopRequestedError without waiting for anyone to ask.
+
+        Code that swallows it there only delays it to the end of the block.
+        """
+        self._is_urgent = True
+        try:
+            self._obey()
+            yield
+        finally:
+            self._is_urgent = False
+        self._obey()
+
+    def _obey(self) -> None:
+        if self.received is not None:
+            raise StopRequestedError
 
     def __enter__(self) -> StopFlag:
         """Take the signals over."""
@@ -39,6 +64,10 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        is_first = self.received is None
+        if not is_first and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        # a second one would interrupt the clearing up after the first
+        if is_first and self._is_urgent:
+            raise StopRequestedError

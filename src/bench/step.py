@@ -17,11 +17,8 @@ from torch import nn
 from bench.build import torch_dtype, trained_parameters
 from bench.loss import LOSSES, Batch, Phase
 from bench.optim import Schedule, Steppable, set_learning_rate
+from bench.signals import StopRequestedError
 from planner.setup import TrainSetup
-
-
-class StopRequestedError(Exception):
-    """Raised between two micro-batches when a stop was asked for; the model is as before the step."""
 
 
 def no_phase(name: str) -> AbstractContextManager[Any]:
@@ -78,7 +75,8 @@ class TrainStep:
     def __call__(self, micro_batches: Sequence[Batch], *, num_trained_tokens: int) -> StepResult:
         """Train on the micro-batches, already on the device; `num_trained_tokens` counts all their trained tokens.
 
-        Raises StopRequestedError between micro-batches, with the partial gradients thrown away.
+        Raises StopRequestedError between micro-batches, with the partial gradients thrown away and the model
+        as before the step.
         """
         learning_rate = self._set_learning_rate()
         losses = []

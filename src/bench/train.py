@@ -7,7 +7,6 @@ of a run that was never stopped.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -18,16 +17,18 @@ import torch
 
 from bench.artifact import verify_artifact, write_artifact
 from bench.build import AUTO_CLASSES, build_model, check_runnable, inner_model
+from bench.checkpoint import saved_steps
 from bench.data import check_vocabulary
 from bench.loss import check_head
 from bench.metrics import memory_peaks
 from bench.quiet import quiet_libraries
 from bench.remote_code import trust_code
-from bench.run import Run
+from bench.run import Run, UnsavedRunError
 from bench.rundata import RunData, load_run_data
 from bench.runfolder import RunFolder
-from bench.signals import StopFlag
+from bench.signals import StopFlag, StopRequestedError
 from bench.weights import load_tokenizer, local_model
+from planner.errors import FinefitError, InterruptedRunError
 from planner.planfile import PlanFile
 from planner.setup import TrainSetup
 
@@ -99,24 +100,55 @@ def train(
     quiet_libraries()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_runnable(plan.setup, place)
-    with RunFolder(out_dir, plan, resume=resume, allow_changes=allow_changes) as folder:
-        finished = folder.read_summary()
-        if finished is not None and not folder.notes:
-            return RunSummary(**finished)
-        folder.notes += setup_notes(plan.setup)
+    with StopFlag() as stop, RunFolder(out_dir, plan, resume=resume, allow_changes=allow_changes) as folder:
+        finished = _finished(folder)
+        if finished is not None:
+            return finished
+        folder.note(*setup_notes(plan.setup))
         if trust_remote_code:
             trust_code(plan.setup, AUTO_CLASSES[plan.setup.objective])
-        run = _prepare(plan.setup, folder, place, progress, save_every_steps, eval_every_steps)
-        # A signal after the last step finds a run that ends by itself in a moment.
-        with run.stop:
+        try:
+            with stop.at_once():
+                run = _prepare(plan.setup, folder, place, stop, progress, save_every_steps, eval_every_steps)
             run.execute()
-            artifact = write_artifact(plan.setup, run.model, run.tokenizer, folder.root)
-            verify_artifact(plan.setup, run.model, artifact, _probe(run.data, place))
-            summary = _summarise(run, plan, artifact)
-            folder.write_summary(summary.to_json())
-        for note in folder.notes:
-            print(f"note: {note}", file=sys.stderr)
+            with stop.at_once():
+                return _finish(run, plan)
+        except StopRequestedError:
+            raise _stopped(folder, stop) from None
+
+
+def _finished(folder: RunFolder) -> RunSummary | None:
+    """The summary of a run that ended, and under this plan."""
+    found = folder.read_summary()
+    if found is None or folder.notes:
+        return None
+    try:
+        return RunSummary(**found)
+    except TypeError:
+        folder.note(
+            "summary.json is of another finefit: the run's end is done again from its last checkpoint"
+        )
+        return None
+
+
+def _finish(run: Run, plan: PlanFile) -> RunSummary:
+    """What the run leaves for use. The last step is saved, so a stop loses nothing here."""
+    artifact = write_artifact(plan.setup, run.model, run.tokenizer, run.folder.root)
+    verify_artifact(plan.setup, run.model, artifact, _probe(run.data, run.device))
+    summary = _summarise(run, plan, artifact)
+    run.folder.write_summary(summary.to_json())
     return summary
+
+
+def _stopped(folder: RunFolder, stop: StopFlag) -> FinefitError:
+    """A stop while nothing was being trained: before the first step or after the last."""
+    assert stop.received is not None
+    steps = saved_steps(folder.checkpoints)
+    if not steps:
+        return UnsavedRunError(f"stopped by {stop.received.name} before anything was trained")
+    return InterruptedRunError(
+        f"stopped by {stop.received.name}; step {steps[0]} is saved, and the same command resumes"
+    )
 
 
 def setup_notes(setup: TrainSetup) -> list[str]:
@@ -131,6 +163,7 @@ def _prepare(
     setup: TrainSetup,
     folder: RunFolder,
     device: torch.device,
+    stop: StopFlag,
     progress: bool,
     save_every_steps: int | None,
     eval_every_steps: int | None,
@@ -147,7 +180,7 @@ def _prepare(
         data,
         model,
         tokenizer,
-        stop=StopFlag(),
+        stop=stop,
         progress=progress,
         save_every_steps=save_every_steps,
         eval_every_steps=eval_every_steps,
