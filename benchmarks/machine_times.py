@@ -1,6 +1,6 @@
 """Predicted beside measured step times on this machine, for setups that its calibration never saw.
 
-    finefit machine && python benchmarks/machine_times.py [--report reports/machine-times.md]
+    finefit machine && python benchmarks/machine_times.py [--report reports/machine-times.md] [--results FILE]
 
 24 setups of 0.05 to 1.5 billion parameters, LoRA, QLoRA and full, with checkpointing and without, 128 to 2048 tokens, from
 random weights. Each is predicted from what `finefit machine` measured, then really run in a child process: the median
@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.anonymise import anonymise
 from bench.host import read_cpu, read_memory
 from bench.machine import cpu_machine
+from bench.store import append_result
 from bench.verify import Rung, VerifyRow, verify
 from planner.rates import local_rates, machine_file
 from planner.setup import TrainSetup
@@ -114,6 +116,9 @@ def main() -> None:
         rungs=chosen,
         progress=lambda rung, step: print(f"{rung.name}: {step}", end="\r", file=sys.stderr),
     )
+    for case in found.cases if options.results else ():
+        if case.measurement is not None:
+            append_result(options.results, anonymise(case.measurement))
     rows = [row for row in found.rows if row.quantity == "step_s"]
     notes = [f"{case.rung.name}: {case.note}" for case in found.cases if case.note]
     table = format_table(rows)
@@ -135,6 +140,11 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--report", type=Path)
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="Append each run's record, for `finefit calibrate` and `finefit compare`.",
+    )
     parser.add_argument("--only", type=int, nargs="*", help="Numbers of setups, from 0.")
     return parser.parse_args()
 

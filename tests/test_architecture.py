@@ -93,7 +93,7 @@ LAYERS = (
     ("rank", "prices"),
     ("phases",),
     ("residuals", "pressure", "rates", "traffic"),
-    ("memory", "throughput", "uncertainty"),
+    ("memory", "throughput", "uncertainty", "calibration"),
     ("timing",),
     ("estimate",),
     ("run_time", "places", "quality", "tactics", "sizing", "kept_traces"),

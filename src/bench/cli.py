@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bench.cli_calibrate import COMMANDS as CALIBRATE_COMMANDS
 from bench.cli_commands import COMMANDS as RUN_COMMANDS
 from bench.cli_compare import COMMANDS as COMPARE_COMMANDS
 from bench.cli_data import COMMANDS as DATA_COMMANDS
@@ -70,6 +71,7 @@ for _command in (
     *PLANNER_COMMANDS,
     *RUN_COMMANDS,
     *COMPARE_COMMANDS,
+    *CALIBRATE_COMMANDS,
     *DATA_COMMANDS,
     *TRACE_COMMANDS,
     *MACHINE_COMMANDS,

@@ -26,15 +26,20 @@ device_option = click.option("--device", type=click.Choice(("cuda", "cpu")), hel
 force_option = click.option("--force", is_flag=True, help="Run even if it is predicted not to fit.")
 
 
-def machine_here(session: Session, plan: PlanFile, device: str | None) -> Machine:
-    """This machine as the plan uses it: its processor with `--device cpu`, else as many cards as the setup says."""
+def machine_of(session: Session, device: str | None) -> Machine:
+    """This machine: its processor with `--device cpu`, else its cards where it has some."""
     if device == "cpu":
         from bench.host import read_cpu, read_memory
         from bench.machine import cpu_machine
 
-        return replace(cpu_machine(read_cpu(), read_memory()), num_gpus=plan.setup.num_gpus)
+        return cpu_machine(read_cpu(), read_memory())
     assert session.local_machine is not None
-    return replace(session.local_machine(), num_gpus=plan.setup.num_gpus)
+    return session.local_machine()
+
+
+def machine_here(session: Session, plan: PlanFile, device: str | None) -> Machine:
+    """This machine as the plan uses it, with as many cards as the setup says."""
+    return replace(machine_of(session, device), num_gpus=plan.setup.num_gpus)
 
 
 def predict(plan: PlanFile, machine: Machine, *, force: bool) -> Estimate | None:

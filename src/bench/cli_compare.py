@@ -55,7 +55,8 @@ def compare_command(
         _compare_two(files[0], files[1], bounds, any_machine, as_json)
 
 
-def _read(path: Path) -> list[Measurement]:
+def read_with_warnings(path: Path) -> list[Measurement]:
+    """A results file's records; what is wrong with others goes to stderr."""
     from bench.store import read_results
 
     runs, warnings = read_results(path)
@@ -69,7 +70,7 @@ def _compare_predicted(path: Path, as_json: bool) -> None:
     from bench.compare import predicted_vs_measured
     from bench.terms import errors_by_term, term_rows
 
-    runs = _read(path)
+    runs = read_with_warnings(path)
     rows = predicted_vs_measured(runs)
     terms = errors_by_term(runs)
     if as_json:
@@ -106,7 +107,7 @@ def _compare_two(a: Path, b: Path, gates: list[Gate], any_machine: bool, as_json
     from bench.compare import compare_files
     from bench.gates import check_gates
 
-    found, lonely = compare_files(_read(a), _read(b))
+    found, lonely = compare_files(read_with_warnings(a), read_with_warnings(b))
     if as_json:
         plain = [{**asdict(one), "is_significant": one.is_significant} for one in found]
         answer = plain[0] if len(plain) == 1 else {"comparisons": plain}
@@ -228,7 +229,7 @@ def submit_command(results: Path, out: Path, as_json: bool) -> None:
     """
     from bench.submit import shared_cases, write_cases
 
-    cases, reasons = shared_cases(_read(results))
+    cases, reasons = shared_cases(read_with_warnings(results))
     for reason in reasons:
         click.echo(reason, err=True)
     if not cases:

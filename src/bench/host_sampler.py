@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class HostSampler:
     def doubts(self) -> list[str]:
         """What makes wall times doubtful, one line each."""
         facts = self.facts()
-        return [text.format(facts[key]) for key, limit, text in _DOUBTS if (facts[key] or 0) > limit] + (
+        return [text.format(facts[key]) for key, text in doubted_facts(facts).items()] + (
             self._clock_doubt(facts)
         )
 
@@ -125,6 +125,11 @@ _DOUBTS: tuple[tuple[str, float, str], ...] = (
     ("page_reads", MAX_PAGE_READS, "{} pages were read back from disk during the steps: memory is short"),
 )
 """Facts above these limits are doubts, in these words."""
+
+
+def doubted_facts(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The facts of a record's environment that make its wall times doubtful, with the words for them."""
+    return {key: text for key, limit, text in _DOUBTS if (facts.get(key) or 0) > limit}
 
 
 def read_state(pid: int, at_s: float, root: Path = ROOT, own_cpu_s: float = 0.0) -> HostState:

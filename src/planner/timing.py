@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from planner.calibration import Calibration, calibration_of
 from planner.conformal import Distribution, predict
 from planner.errors import ProfileError
 from planner.index import profiles_dir
@@ -134,6 +135,12 @@ def ratios(kind: Kind, is_own: bool) -> tuple[float, float]:
     return math.exp(low), math.exp(high)
 
 
+def calibrated_ratios(calibration: Calibration) -> tuple[float, float]:
+    """The interval of measured over predicted time where a machine's own results say it."""
+    low, high = predict([[(error,) for error in calibration.log_errors]]).interval(LEVEL)
+    return math.exp(low), math.exp(high)
+
+
 class Clock:
     """The times of one setup on one machine at any batch and length."""
 
@@ -142,7 +149,11 @@ class Clock:
         self.setup, self.model, self.machine = setup, model, machine
         run = None if isinstance(memory, TracedMemoryModel) else memory.run
         self._found = None if run is None else rates_of(machine, setup)
-        self._timer = None if run is None or self._found is None else TimeModel(run, self._found.rates)
+        self._calibration = calibration_of(machine, self._found)
+        self._timer = None
+        if run is not None and self._found is not None:
+            rates = self._found.rates
+            self._timer = TimeModel(run, self._calibration.apply(rates) if self._calibration else rates)
         self._missing = _missing(run, self._found, self._timer)
 
     def at(self, micro_batch_size: int, seq_len: int) -> Time | None:
@@ -168,15 +179,18 @@ class Clock:
         if self._missing:
             return f"time unknown: {self._missing}"
         assert self._found is not None
+        own = f", {self._calibration.words}" if self._calibration else ""
         if self._found.reached is None:
-            return f"time from this machine's measured rates ({self._found.rates.source})"
-        words = f"time from rates of {self._found.rates.source}"
-        if self._found.is_own:
+            return f"time from this machine's measured rates ({self._found.rates.source}){own}"
+        words = f"time from rates of {self._found.rates.source}{own}"
+        if self._found.is_own or self._calibration:
             return words
         return f"{words}: none of {self.machine.gpu.name}'s class ({class_name(self.machine.gpu)}) is known"
 
     def _ratios(self, total: Seconds) -> tuple[float, float]:
         assert self._found is not None
+        if self._calibration is not None:
+            return calibrated_ratios(self._calibration)
         kind = kind_of(self.setup, self.machine.gpu, total)
         return ratios(kind, self._found.is_own)
 
