@@ -171,7 +171,9 @@ def test_a_tokenizer_without_a_template_is_given_the_same_one():
 
 
 def test_the_rows_cover_every_format_of_conversations():
-    assert {detect(record).name for record in RECORDS} == {f.name for f in FORMATS if f not in PREFERENCES} - {"text"}
+    assert {detect(record).name for record in RECORDS} == {
+        f.name for f in FORMATS if f not in PREFERENCES
+    } - {"text"}
 
 
 def setup_of(tiny_model: Path, rows: Path, **changes: object) -> TrainSetup:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench.store import OUTCOMES, Measured, Measurement, Samples, append_result, read_results
+from bench.store import (
+    MAX_LINE_BYTES,
+    MAX_RECORDS,
+    OUTCOMES,
+    Measured,
+    Measurement,
+    Samples,
+    append_result,
+    read_results,
+)
 from planner.errors import FinefitError
 from planner.setup import TrainSetup
 
@@ -181,3 +192,28 @@ def test_a_missing_file_is_one_line(tmp_path):
 def test_an_unknown_outcome_cannot_be_made():
     with pytest.raises(ValueError, match="great"):
         record(outcome="great")
+
+
+HOSTILE = {
+    "lists": '{"schema_version": 2, "x": [' + "[]," * 4_000_000 + "[]]}",
+    "depth": '{"schema_version": 2, "x": ' + "[" * 4_000_000,
+    "keys": '{"schema_version": 2, "watched": {' + ",".join(f'"k{n}":[]' for n in range(800_000)) + "}}",
+    "length": '{"id": "' + "x" * (MAX_LINE_BYTES + 1) + '"}',
+    "lines": "{}\n" * (MAX_RECORDS + 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_one_message_within_the_memory(tmp_path, kind):
+    path = tmp_path / "results.jsonl"
+    path.write_text(HOSTILE[kind] + "\n" + json.dumps(record().to_json()) + "\n")
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30));"
+        "from bench.cli import run; sys.exit(run(['compare', sys.argv[1], '--predicted']))"
+    )
+    child = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert child.returncode == (1 if kind == "lines" else 0)
+    assert "Traceback" not in child.stderr and "MemoryError" not in child.stderr
+    assert any(words in child.stderr for words in ("left out", "split it first"))
+    assert max(map(len, child.stderr.splitlines())) < 500

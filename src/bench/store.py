@@ -26,6 +26,8 @@ MAX_LINE_BYTES = 2**24
 """A longer line is no record."""
 MAX_FILE_BYTES = 2**28
 """A larger file is refused before it is read: its records would not fit into a small machine's memory."""
+MAX_RECORDS = 100_000
+"""More are refused: each takes a kilobyte of memory and more, and no sweep writes as many."""
 MAX_NUMBER = 2**63
 MAX_DEPTH = 32
 """Levels of lists and objects inside a line; a record has 7, with an inline config."""
@@ -201,6 +203,8 @@ def read_results(path: Path) -> tuple[list[Measurement], list[str]]:
                 raise FinefitError(f"{path} is larger than {format_bytes(MAX_FILE_BYTES)}: split it first")
             file.seek(0)
             for number, line in enumerate(file, start=1):
+                if number > MAX_RECORDS:
+                    raise FinefitError(f"{path} has more than {MAX_RECORDS} lines: split it first")
                 problem = _read_line(line, found)
                 if problem:
                     warnings.append(f"{path.name}:{number}: left out: {problem}")
