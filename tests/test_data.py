@@ -497,8 +497,17 @@ def write(folder: Path, records: list[dict[str, str]]) -> Path:
     return path
 
 
-def as_lists(tokenized: Tokenized) -> list[tuple[list[int], list[int], str]]:
-    return [(e.input_ids.tolist(), e.labels.tolist(), e.group) for e in tokenized.examples]
+def as_lists(tokenized: Tokenized) -> list[tuple[list[int], list[int], str, int | None]]:
+    return [(e.input_ids.tolist(), e.labels.tolist(), e.group, e.row) for e in tokenized.examples]
+
+
+def test_examples_know_their_rows(make_tokenizer: Maker) -> None:
+    texts = [Row(text=text, line=9, path="x") for text in ("a", "a b c d e f g", "h i")]
+    found = tokenize_rows(texts, make_tokenizer(), seq_len=6, objective="pretrain").examples
+    rows = [example.row for example in found]
+    assert rows == sorted(rows)
+    assert set(rows) == {1, 2, 3}
+    assert rows.count(2) > 1
 
 
 def test_the_cache_gives_the_same_and_heals(

@@ -31,6 +31,7 @@ class Example:
     `labels[i]` is `input_ids[i]` where the token is trained, else -100; the model shifts them itself.
     `labels[0]` is always -100: nothing predicts the first token, also not inside a packed row.
     `group` is equal for exact duplicates and for pieces of one long text; the split keeps groups whole.
+    `row` is the number of the data's row, from 1; None for what came from no row.
 
     A pair of answers: this is the chosen one's conversation, and `rejected` the other's. `reference_logp` is the log
     probability of the labels under the model that a run begins with, None before it is known.
@@ -39,6 +40,7 @@ class Example:
     input_ids: Ids
     labels: Ids
     group: str
+    row: int | None = None
     rejected: Example | None = None
     reference_logp: float | None = None
 
@@ -126,7 +128,10 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: Any, *, seq_len: int, objectiv
     """
     template = "none" if all(row.text is not None for row in rows) else ensure_template(tokenizer)
     found = list(documents(rows, tokenizer, objective))
-    results = [(document, cut(document, seq_len, objective)) for document in found]
+    results = [
+        (document, [replace(example, row=row) for example in cut(document, seq_len, objective)])
+        for row, document in enumerate(found, start=1)
+    ]
     _audit(rows, results, TokenAudit(seq_len=seq_len, objective=objective, bos_id=tokenizer.bos_token_id))
     facts = _facts(results, template, tokenizer)
     return Tokenized(examples=[example for _, examples in results for example in examples], facts=facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -11,6 +12,7 @@ from typing import IO, Any
 from planner.errors import FinefitError, UsageError
 from planner.files import write_atomically
 from planner.planfile import PlanFile, read_plan, write_plan
+from planner.setup import TrainSetup
 
 _LOCK = ".lock"
 _LEFTOVERS = (".plan.yaml.*", ".metrics.jsonl.*", ".summary.json.*")
@@ -20,6 +22,8 @@ _LEFTOVERS = (".plan.yaml.*", ".metrics.jsonl.*", ".summary.json.*")
 class RunFolder:
     """The folder of one run; while it is entered, no other process may enter it.
 
+    `plan` is what is run: the given one, or what an earlier session made of it when it ran out of memory.
+
     Entering raises UsageError when the folder belongs to something else, to another plan (with the differences)
     or to a running process, and FinefitError when it can't be written.
     """
@@ -27,7 +31,7 @@ class RunFolder:
     def __init__(
         self, root: Path, plan: PlanFile, *, resume: bool = True, allow_changes: bool = False
     ) -> None:
-        self.root, self.given_plan = root, plan
+        self.root, self.given_plan, self.plan = root, plan, plan
         self.resume, self.allow_changes = resume, allow_changes
         self.plan_file = root / "plan.yaml"
         self.metrics = root / "metrics.jsonl"
@@ -126,18 +130,41 @@ class RunFolder:
                     "or allow the changes"
                 )
             self.note(f"the plan changed on the way: {'; '.join(changes)}")
-        plan = self.given_plan
-        write_plan(self.plan_file, plan.setup, plan.gpu or "local", plan.predicted, force=True)
+        self._write_plan()
+
+    def record_retry(self, setup: TrainSetup) -> None:
+        """The run goes on with this setup, and a resumed one will; plan.yaml says what the plan was before."""
+        old, new = self.plan.setup.to_dict(), setup.to_dict()
+        changed = {name: value for name, value in old.items() if new[name] != value}
+        before = {**changed, **self.plan.before_retries}
+        self.plan = replace(self.plan, setup=setup, before_retries=before)
+        self._write_plan()
+
+    def _write_plan(self) -> None:
+        plan = self.plan
+        write_plan(
+            self.plan_file,
+            plan.setup,
+            plan.gpu or "local",
+            plan.predicted,
+            before_retries=plan.before_retries,
+            force=True,
+        )
 
     def _changes(self) -> list[str]:
-        """What the given plan changes in the folder's, which may be torn."""
+        """What the given plan changes in the folder's, which may be torn; takes over what retries made of it."""
         try:
-            return plan_changes(read_plan(self.plan_file), self.given_plan)
+            there = read_plan(self.plan_file)
+            changes = plan_changes(there.planned, self.given_plan.setup)
         except FinefitError as error:
             return [f"its own can't be read: {error}"]
+        if changes and plan_changes(there.setup, self.given_plan.setup):
+            return changes
+        self.plan = replace(self.given_plan, setup=there.setup, before_retries=there.before_retries)
+        return []
 
 
-def plan_changes(before: PlanFile, now: PlanFile) -> list[str]:
-    """`field: before -> now` for each field of the setup that differs."""
-    old, new = before.setup.to_dict(), now.setup.to_dict()
+def plan_changes(before: TrainSetup, now: TrainSetup) -> list[str]:
+    """`field: before -> now` for each field that differs."""
+    old, new = before.to_dict(), now.to_dict()
     return [f"{name}: {old[name]} -> {new[name]}" for name in new if old[name] != new[name]]

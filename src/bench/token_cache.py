@@ -18,7 +18,7 @@ from planner.dataset import content_sha256
 from planner.errors import FinefitError
 from planner.files import user_cache, write_atomically
 
-_LAYOUT = 4
+_LAYOUT = 5
 """Changes with what tokenising does or what the file holds, so that old files are never read as new ones."""
 
 _ABOUT = "finefit"
@@ -79,6 +79,7 @@ def _pack(tokenized: Tokenized, key: str) -> bytes:
         "input_ids": _join([example.input_ids for example in examples]),
         "labels": _join([example.labels for example in examples]),
         "num_tokens": np.array([example.num_tokens for example in examples], dtype=np.int64),
+        "rows": np.array([example.row for example in tokenized.examples], dtype=np.int64),
     }
     about = {
         "key": key,
@@ -96,16 +97,19 @@ def _unpack(path: Path, key: str) -> Tokenized:
 
     with safe_open(path, framework="np") as file:
         about = json.loads(file.metadata()[_ABOUT])
-        arrays = {name: file.get_tensor(name) for name in ("input_ids", "labels", "num_tokens")}
+        arrays = {name: file.get_tensor(name) for name in ("input_ids", "labels", "num_tokens", "rows")}
     if about["key"] != key or about["sha256"] != _arrays_sha256(arrays):
         raise ValueError("its content is not what was written")
     borders = np.cumsum(arrays["num_tokens"])[:-1]
     ids, labels = (np.split(arrays[name], borders) for name in ("input_ids", "labels"))
-    groups = [group for group in about["groups"] for _ in range(about["sequences_per_example"])]
+    times = about["sequences_per_example"]
+    groups = [group for group in about["groups"] for _ in range(times)]
+    rows = np.repeat(arrays["rows"], times).tolist()
     examples = [
-        Example(input_ids=i, labels=la, group=group) for i, la, group in zip(ids, labels, groups, strict=True)
+        Example(input_ids=i, labels=la, group=group, row=row)
+        for i, la, group, row in zip(ids, labels, groups, rows, strict=True)
     ]
-    if about["sequences_per_example"] == 2:
+    if times == 2:
         pairs = zip(examples[::2], examples[1::2], strict=True)
         examples = [replace(chosen, rejected=rejected) for chosen, rejected in pairs]
     facts = about["facts"]

@@ -1,4 +1,4 @@
-"""plan.yaml: a TrainSetup's fields as flat keys, and beside them `gpu`, `schema_version` and `predicted`.
+"""plan.yaml: a TrainSetup's fields as flat keys, and beside them `gpu`, `schema_version`, `predicted` and `before_retries`.
 
 People edit these files, so every complaint names the file and the line.
 """
@@ -20,21 +20,28 @@ if TYPE_CHECKING:
     import yaml
 
 PLAN_SCHEMA_VERSION = 1
-_RESERVED = ("schema_version", "gpu", "predicted")
 _SUFFIXES = (".yaml", ".yml")
 _FIRST_LINE = "# finefit plan"
+_RETRIES = "# What the plan said before the run ran out of memory and took smaller steps"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanFile:
     """What a plan.yaml says. `gpu` is NAME, NAME:COUNT or `local`; None where the file names none.
 
-    `predicted` is the summary that was computed when the file was written; nothing is run from it.
+    `predicted` is the summary that was computed when the file was written; nothing is run from it. In a run's folder
+    `before_retries` holds what fields were that the run changed when it ran out of memory.
     """
 
     setup: TrainSetup
     gpu: str | None = None
     predicted: Mapping[str, Any] = field(default_factory=dict)
+    before_retries: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def planned(self) -> TrainSetup:
+        """The setup before a run changed it. Raises SetupError where `before_retries` holds no fields."""
+        return TrainSetup.from_dict({**self.setup.to_dict(), **self.before_retries})
 
 
 def looks_like_plan(name: str) -> bool:
@@ -60,13 +67,14 @@ def parse_plan(text: str, name: str, settings: tuple[str, ...] = ()) -> PlanFile
             "the only one that this finefit reads"
         )
     gpu, settings = _pick_gpu(values.pop("gpu", None), settings)
-    predicted = values.pop("predicted", None) or {}
-    if not (gpu is None or isinstance(gpu, str)) or not isinstance(predicted, Mapping):
-        key = "predicted" if isinstance(gpu, str | None) else "gpu"
-        raise UsageError(f"{name}:{lines[key]}: {key} is not what a plan holds there")
+    tables = {key: values.pop(key, None) or {} for key in ("predicted", "before_retries")}
+    wrong = [key for key, table in tables.items() if not isinstance(table, Mapping)]
+    wrong += [] if isinstance(gpu, str | None) else ["gpu"]
+    if wrong:
+        raise UsageError(f"{name}:{lines[wrong[0]]}: {wrong[0]} is not what a plan holds there")
     changes = parse_settings(settings)
     setup = _build_setup(_checked_fields(values, lines, name), changes, lines, name)
-    return PlanFile(setup=setup, gpu=gpu, predicted=predicted)
+    return PlanFile(setup=setup, gpu=gpu, **tables)
 
 
 def _pick_gpu(gpu: Any, settings: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
@@ -114,12 +122,21 @@ def _placed(error: SetupError, name: str, line: int | None) -> SetupError:
 
 
 def write_plan(
-    path: Path, setup: TrainSetup, gpu: str, predicted: Mapping[str, Any], *, force: bool = False
+    path: Path,
+    setup: TrainSetup,
+    gpu: str,
+    predicted: Mapping[str, Any],
+    *,
+    before_retries: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> None:
     """Write a plan atomically; refuses to replace a file that is not a finefit plan unless `force`."""
     if path.exists() and not force and not _is_plan(path):
         raise FinefitError(f"{path} exists and is not a finefit plan; give another --out, or --force")
-    write_atomically(path, format_plan(setup, gpu, predicted, name=str(path)))
+    text = format_plan(setup, gpu, predicted, name=str(path))
+    if before_retries:
+        text += f"{_RETRIES}\n{_dump({'before_retries': dict(before_retries)})}"
+    write_atomically(path, text)
 
 
 def format_plan(setup: TrainSetup, gpu: str, predicted: Mapping[str, Any], name: str = "plan.yaml") -> str:
