@@ -60,8 +60,8 @@ LAYERS = (
         "kernels",
         "pointwise",
     ),
-    ("index", "fields", "results", "methods", "dataset", "linears"),
-    ("latent", "char_lengths"),
+    ("index", "fields", "results", "dataset", "linears"),
+    ("latent", "char_lengths", "methods"),
     ("families",),
     (
         "catalog",

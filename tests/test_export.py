@@ -15,6 +15,7 @@ from planner.errors import SetupError, UnknownNameError
 from planner.export import find_format, formats
 from planner.methods import methods
 from planner.optimizers import OPTIMIZERS, find_optimizer
+from planner.resolve import resolve_model
 from planner.setup import CHOICES, TrainSetup
 
 BASE = TrainSetup(
@@ -227,8 +228,8 @@ def test_trl_says_what_the_setup_says(name):
 
 @pytest.mark.parametrize("method", methods())
 def test_trl_passes_peft_what_the_method_says(method):
-    setup = BASE.with_(method=method, rank=4, alpha=9.0, targets=("q_proj", "v_proj"))
-    call = methods()[method].peft_config(setup)
+    setup = BASE.with_(model="smollm2-135m", method=method, rank=4, alpha=9.0, targets=("q_proj", "v_proj"))
+    call = methods()[method].peft_config(setup, lambda: resolve_model("smollm2-135m"))
     script = train_script(setup)
     if call is None:
         assert "peft" not in script

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from bench.remote_code import refuse_code
 from planner import hub
 from planner.errors import ConfigError, FinefitError, NotModelledError, SetupError
-from planner.methods import find_method
+from planner.methods import check_method
 from planner.resolve import resolve_model
 from planner.setup import TrainSetup
 from planner.sharding import STRATEGIES
@@ -276,7 +276,8 @@ def _upcast_unquantised(model: nn.Module) -> None:
 
 def add_adapters(setup: TrainSetup, model: nn.Module, *, meta: bool = False) -> nn.Module:
     """The model wrapped by PEFT with the method's adapters in `adapter_dtype`; unchanged for full training."""
-    call = find_method(setup.method).peft_config(setup)
+    method = check_method(setup)
+    call = method.peft_config(setup, lambda: resolve_model(model.config.to_dict(), objective=setup.objective))
     if call is None:
         return model
     import peft
@@ -293,9 +294,10 @@ def add_adapters(setup: TrainSetup, model: nn.Module, *, meta: bool = False) -> 
     except ValueError as error:
         raise SetupError("targets", one_line(error)) from error
     # PEFT follows the base weights' dtype, which says nothing when those are packed integers.
-    for parameter in wrapped.parameters():
+    for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch_dtype(setup.adapter_dtype))
+            parameter.requires_grad = not any(part in name for part in method.frozen)
     return wrapped
 
 

@@ -32,6 +32,7 @@ from bench.runfolder import RunFolder
 from bench.signals import StopFlag, StopRequestedError
 from bench.step import StepResult, TrainStep
 from planner.errors import FinefitError, InterruptedRunError
+from planner.methods import find_method
 from planner.optimizers import find_optimizer
 from planner.setup import TrainSetup
 
@@ -188,16 +189,17 @@ class Run:
             self.state.samples[edge] = [sample.to_dict() for sample in samples]
 
     def _check_gradients(self, model: nn.Module) -> None:
-        """After the first backward: every adapter tensor has a gradient, and no LoRA B is all zero.
+        """After the first backward: every tensor that a method adds has a gradient, and none is zero that needn't be.
 
-        A's gradient is zero at first, because B is; a routed expert may have seen no token.
+        A routed expert may have seen no token.
         """
-        if not self.setup.uses_adapters:
+        method = find_method(self.setup.method)
+        if method.trains_base:
             return
+        may_be_zero = (*method.zero_at_first, ".experts.")
         for name, parameter in trained_parameters(model).items():
-            is_dead = parameter.grad is None or (
-                ".lora_B." in name and ".experts." not in name and not bool(parameter.grad.any())
-            )
+            is_free = any(part in name for part in may_be_zero)
+            is_dead = parameter.grad is None or not (is_free or bool(parameter.grad.any()))
             if is_dead:
                 raise FinefitError(f"the adapter tensor {name} gets no gradient: it would stay untrained")
 

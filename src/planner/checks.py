@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from planner.errors import NotModelledError, SetupError
 from planner.families import attentions
-from planner.methods import find_method
+from planner.methods import check_method
 from planner.optimizers import find_optimizer
 from planner.setup import TrainSetup
 from planner.specs import GpuProfile, Machine, ModelSpec
@@ -84,7 +84,7 @@ def _with_article(architecture: str) -> str:
 
 def check(setup: TrainSetup, machine: Machine, model: ModelSpec) -> None:
     """Raise SetupError for the first law that is broken, NotModelledError for a back end without rules."""
-    find_method(setup.method)
+    check_method(setup)
     if not machine.gpu.modelled:
         raise NotModelledError(
             f"{machine.gpu.name}: finefit has no memory rules for its back end ({machine.gpu.backend}); not modelled"

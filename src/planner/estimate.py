@@ -12,6 +12,7 @@ from planner.catalog import usable_bytes_or_bound
 from planner.checks import check, warnings
 from planner.errors import FinefitError
 from planner.memory import MemoryModel, TracedMemoryModel, machine_facts, memory_model
+from planner.methods import find_method
 from planner.recipes import attention_for
 from planner.resolve import resolve_model
 from planner.results import Estimate, Memory
@@ -220,7 +221,8 @@ def precision_recipe(setup: TrainSetup) -> str:
     >>> precision_recipe(TrainSetup(method="full"))
     'pure bfloat16 weights, gradients and states'
     """
-    if setup.method == "full":
+    method = find_method(setup.method)
+    if method.trains_base:
         if setup.master_weights == "float32":
             return f"{setup.weights_dtype} weights with a float32 master copy"
         if setup.autocast:
@@ -228,8 +230,4 @@ def precision_recipe(setup: TrainSetup) -> str:
         return f"pure {setup.weights_dtype} weights, gradients and states"
     base = f"{setup.quant} base" if setup.quant else f"frozen {setup.weights_dtype} base"
     extra = f", {setup.autocast} autocast" if setup.autocast else ""
-    return f"{base}, {setup.adapter_dtype} adapters of rank {setup.rank} on {_targets(setup)}{extra}"
-
-
-def _targets(setup: TrainSetup) -> str:
-    return setup.targets if isinstance(setup.targets, str) else ",".join(setup.targets)
+    return f"{base}, {setup.adapter_dtype} adapters of {method.words(setup)}{extra}"

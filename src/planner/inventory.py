@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from planner.layers import adapter_rank, quantised_matrices, target_matrices
-from planner.methods import find_method
+from planner.layers import adapted_matrices, adapter_rank, quantised_matrices
+from planner.methods import Method, find_method
 from planner.optimizers import Optimizer, find_optimizer
 from planner.setup import TrainSetup
 from planner.sharding import STRATEGIES
@@ -83,10 +83,10 @@ class _Kept(NamedTuple):
     optimizer: str
     in_backward: bool
     has_master: bool
+    method: str
     targets: str | tuple[str, ...]
     rank: int
     trains_base: bool
-    uses_adapters: bool
     trained_width: int
     quant: str | None
     width: int
@@ -98,10 +98,10 @@ def _kept(setup: TrainSetup) -> _Kept:
         optimizer=setup.optimizer,
         in_backward=setup.optimizer_in_backward,
         has_master=setup.master_weights == "float32",
+        method=setup.method,
         targets=setup.targets,
         rank=setup.rank,
         trains_base=find_method(setup.method).trains_base,
-        uses_adapters=setup.uses_adapters,
         trained_width=trained_width(setup),
         quant=setup.quant,
         width=unquantised_width(setup),
@@ -123,7 +123,7 @@ def _take_inventory(kept: _Kept, model: ModelSpec) -> Inventory:
     return Inventory(
         weights_bytes=_weights(kept, model) + _widened(kept, model) + model.buffer_bytes,
         constants_bytes=_constants(model, kept.quant) if kept.quant else 0,
-        adapters_bytes=gradients if kept.uses_adapters else 0,
+        adapters_bytes=_adapters_bytes(kept, model),
         master_bytes=4 * num_trained if has_master else 0,
         gradients_bytes=gradients,
         states_bytes=states,
@@ -202,7 +202,16 @@ def trained_tensors(setup: TrainSetup, model: ModelSpec) -> tuple[TrainedTensor,
 def _trained_tensors(kept: _Kept, model: ModelSpec) -> tuple[TrainedTensor, ...]:
     if kept.trains_base:
         return base_tensors(model, kept.trained_width)
-    return _adapter_tensors(model, kept.targets, kept.rank, kept.trained_width)
+    added = _added_tensors(model, kept.method, kept.targets, kept.rank, kept.trained_width)
+    return tuple(tensor for tensor, trains in added if trains)
+
+
+def _adapters_bytes(kept: _Kept, model: ModelSpec) -> int:
+    """All that the method adds, whether it trains or not."""
+    if kept.trains_base:
+        return 0
+    added = _added_tensors(model, kept.method, kept.targets, kept.rank, kept.trained_width)
+    return sum(tensor.num_elements * tensor.count * tensor.width for tensor, _ in added)
 
 
 @functools.lru_cache(maxsize=256)
@@ -234,22 +243,21 @@ def _matrix_tensors(matrix: Matrix, count: int, width: int) -> Iterator[TrainedT
 
 
 @functools.lru_cache(maxsize=1024)
-def _adapter_tensors(
-    model: ModelSpec, targets: str | tuple[str, ...], rank: int, width: int
-) -> tuple[TrainedTensor, ...]:
-    return tuple(_iterate_adapters(model, targets, rank, width))
+def _added_tensors(
+    model: ModelSpec, method: str, targets: str | tuple[str, ...], rank: int, width: int
+) -> tuple[tuple[TrainedTensor, bool], ...]:
+    """What a method adds to a model, each with whether it trains."""
+    return tuple(_iterate_added(model, find_method(method), targets, rank, width))
 
 
-def _iterate_adapters(
-    model: ModelSpec, targets: str | tuple[str, ...], asked_rank: int, width: int
-) -> Iterator[TrainedTensor]:
-    for layer, matrix in target_matrices(model, targets):
-        rank, copies = adapter_rank(matrix, asked_rank), layer.count * matrix.copies
-        if matrix.kind == "parameter":
-            # All experts' adapters are one pair, as their weights are one parameter.
-            rank, copies = rank * matrix.copies, layer.count
-        yield TrainedTensor(rank, matrix.in_features, copies, width)
-        yield TrainedTensor(matrix.out_features, rank, copies, width)
+def _iterate_added(
+    model: ModelSpec, method: Method, targets: str | tuple[str, ...], rank: int, width: int
+) -> Iterator[tuple[TrainedTensor, bool]]:
+    for layer, matrix in adapted_matrices(model, method, targets):
+        # All experts' adapters are one, as their weights are one parameter.
+        count = layer.count * (1 if matrix.kind == "parameter" else matrix.copies)
+        for part in method.parts(matrix, adapter_rank(matrix, rank)):
+            yield TrainedTensor(part.rows, part.columns, count, width), part.trains
 
 
 def _states(optimizer: Optimizer, trained: Iterable[TrainedTensor]) -> tuple[int, int]:

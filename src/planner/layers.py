@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from planner.errors import SetupError
 from planner.families import family
+from planner.methods import Method
 from planner.specs import LayerSpec, Matrix, ModelSpec
 
 ALL_LINEAR = "all-linear"
@@ -63,6 +64,24 @@ def _target_matrices(model: ModelSpec, targets: str | tuple[str, ...]) -> tuple[
             )
     _check_fused_pairs(wanted, fused)
     return tuple(target for target in everything if _is_target(target[1], wanted, fused))
+
+
+def adapted_matrices(model: ModelSpec, method: Method, targets: str | Sequence[str]) -> tuple[Target, ...]:
+    """The matrices that a method adds something to.
+
+    Raises SetupError("targets") as target_matrices does, and for what the method can't adapt.
+    """
+    if method.adapt is None:
+        return ()
+    found = target_matrices(model, targets)
+    folded = [matrix.module for _, matrix in found if matrix.kind == "parameter"]
+    if folded and not method.folds:
+        names = ", ".join(dict.fromkeys(m.module for _, m in found if m.kind != "parameter"))
+        raise SetupError(
+            "targets",
+            f"{method.name} can't adapt {folded[0]} of {model.name}, one parameter for all experts; name modules: {names}",
+        )
+    return found
 
 
 def adapter_rank(matrix: Matrix, rank: int) -> int:

@@ -6,6 +6,7 @@ which tensors each operation saves. Widths are bytes per element.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from planner.operations import Product
@@ -24,6 +25,12 @@ from planner.tape import (
     scale,
 )
 
+Base = Callable[[Tensor], Tensor]
+"""A module without its adapter."""
+Adapt = Callable[["Linears", Base, Tensor, Matrix, float, bool], Tensor]
+"""What a module with an adapter gives: its tape, itself without the adapter, its input, its matrix, the share of all
+tokens that it sees (above 1 for routed ones), and whether its weights are packed (planner.methods)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
@@ -32,7 +39,7 @@ class Recipe:
     `weight` of the 16/32-bit matrices, `norm` of norm weights (4 under kbit_upcast), `compute` of matrix
     products under `autocast` and of those with packed weights (others compute in their operands' dtype), `adapter` of
     adapters, `stream` of the embedding's output. `adapted` pairs the matrices' paths
-    that get an adapter with its rank. `quantised_bits`: linears are bitsandbytes' 4-bit or 8-bit ones (0: neither).
+    that get an adapter with its rank; `adapt` is what those modules run. `quantised_bits`: linears are bitsandbytes' 4-bit or 8-bit ones (0: neither).
     `is_float16`: 16 bits mean float16, which some kernels widen inside.
     `fused`: norms and rotary embeddings in one kernel each that saves its input only (Triton, or torch.compile,
     whose partitioner recomputes pointwise operations in the backward); `fused_mlp`: gated activations too; `fused_adapters`: a
@@ -53,6 +60,7 @@ class Recipe:
     mask: int = 2
     adapter: int = 0
     adapted: tuple[tuple[str, int], ...] = ()
+    adapt: Adapt | None = None
     trains_base: bool = False
     autocast: bool = False
     quantised_bits: int = 0
@@ -125,10 +133,15 @@ class Linears:
             return self._folded_linear(x, matrix, tokens_per_token)
         can_be_packed = matrix.kind in ("linear", "conv1d") and matrix.role != "router"
         bits = self.recipe.quantised_bits if can_be_packed else 0
-        base = {0: self._plain_linear, 4: self._linear_4bit, 8: self._linear_8bit}[bits]
-        out = base(x, matrix, tokens_per_token)
-        if matrix.path in self.ranks:
-            out = self._adapter(x, out, matrix, tokens_per_token, is_quantised=bits > 0)
+        run = {0: self._plain_linear, 4: self._linear_4bit, 8: self._linear_8bit}[bits]
+
+        def base(given: Tensor) -> Tensor:
+            return run(given, matrix, tokens_per_token)
+
+        if matrix.path in self.ranks and self.recipe.adapt:
+            out = self.recipe.adapt(self, base, x, matrix, tokens_per_token, bits > 0)
+        else:
+            out = base(x)
         self.tape.hold(x)
         return out
 
@@ -274,56 +287,38 @@ class Linears:
             self.tape.keep(x)
         return result
 
-    def _adapter(self, x: Tensor, out: Tensor, matrix: Matrix, share: float, *, is_quantised: bool) -> Tensor:
-        """out + B(A(x)) as peft's Linear does it; its 4-bit linear leaves the casts to autocast."""
-        recipe = self.recipe
-        given, asked = x, out.width
-        # torch.is_autocast_enabled(), which peft's quantised linears ask, means CUDA's autocast only.
-        leaves_casts = is_quantised and recipe.autocast and recipe.on_gpu
-        if is_quantised and recipe.quantised_bits == 4:
-            out = self.tape.run([out], out.size, out.width)
-        if not leaves_casts:
-            x = self.cast(x, recipe.adapter, matrix.in_features * share)
-        held = x
-        if recipe.dropout:
-            x = self._adapter_dropped(x)
+    def low_rank(self, x: Tensor, matrix: Matrix, share: float, *, trains_first: bool = True) -> Tensor:
+        """B(A(x)), the two linears of an adapter."""
         rank = self.ranks[matrix.path]
-        low = self._factor(x, rank, matrix.in_features, matrix, share)
-        high = self._factor(low, matrix.out_features, rank, matrix, share)
-        high = self.tape.run([high], high.size, high.width)
-        if is_quantised and not leaves_casts:
-            high = self.cast(high, asked, matrix.out_features * share)
-        width = max(out.width, high.width)
-        total = self.tape.run(
-            [out, high], per_token(width * matrix.out_features * share), width, shares_grad=True
-        )
-        self.tape.hold(held, given)
-        is_cast = not is_quantised
-        return self.cast(total, asked, matrix.out_features * share) if is_cast else total
+        low = self._factor(x, rank, matrix.in_features, matrix, share, trains=trains_first)
+        return self._factor(low, matrix.out_features, rank, matrix, share)
 
-    def _factor(self, x: Tensor, rows: float, columns: float, matrix: Matrix, share: float) -> Tensor:
+    def _factor(
+        self, x: Tensor, rows: float, columns: float, matrix: Matrix, share: float, *, trains: bool = True
+    ) -> Tensor:
         """One of an adapter's two linears, rows x columns."""
         recipe = self.recipe
         num_weights = rows * columns * matrix.copies
         x = self.operand(x, columns * share)
         copies = []
         if recipe.copies_weights and recipe.autocast and recipe.adapter != recipe.compute:
-            copies = [self._narrowed(num_weights, recipe.adapter, is_trained=True)]
+            copies = [self._narrowed(num_weights, recipe.adapter, is_trained=trains)]
         return self.tape.run(
             [x, *copies],
             per_token(x.width * rows * share),
             x.width,
-            saves=[x, *copies],
-            weight_grad=ZERO if copies else constant(num_weights * recipe.adapter),
+            saves=[*([x] if trains else []), *copies],
+            saves_weight=True,
+            weight_grad=constant(num_weights * recipe.adapter) if trains and not copies else ZERO,
             views_grad=True,
             product=Product(
                 flops=per_token(2.0 * rows * columns * share),
                 weight_bytes=0.0 if copies else num_weights * recipe.adapter,
-                trains_weight=not copies,
+                trains_weight=trains and not copies,
             ),
         )
 
-    def _adapter_dropped(self, x: Tensor) -> Tensor:
+    def adapter_dropped(self, x: Tensor) -> Tensor:
         """A fused adapter's backward asks the copy which elements are zero, and keeps its input."""
         if self.recipe.fused_adapters and self.recipe.training:
             return self.tape.run([x], x.gradient, x.width, saves=[x])

@@ -7,7 +7,7 @@ import functools
 from planner.exchange import gathered_widths
 from planner.heads import LossBytes
 from planner.inventory import adapter_width
-from planner.layers import adapter_rank, target_matrices
+from planner.layers import adapted_matrices, adapter_rank
 from planner.linears import Recipe
 from planner.methods import find_method
 from planner.optimizers import find_optimizer
@@ -23,6 +23,7 @@ def block_recipe(
     setup: TrainSetup, model: ModelSpec, stack: Stack, *, on_gpu: bool, has_flash: bool
 ) -> Recipe:
     """The widths and modules that decide what a block saves."""
+    method = find_method(setup.method)
     weight, norm, adapter = gathered_widths(setup)
     compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
     return Recipe(
@@ -34,8 +35,9 @@ def block_recipe(
         mask=weight,
         copies_weights=not (STRATEGIES[setup.sharding].casts_gathered and setup.num_gpus > 1),
         adapter=adapter,
-        adapted=_adapted(model, setup.targets, setup.rank) if setup.uses_adapters else (),
-        trains_base=find_method(setup.method).trains_base,
+        adapted=_adapted(model, setup.method, setup.targets, setup.rank),
+        adapt=method.adapt,
+        trains_base=method.trains_base,
         autocast=setup.autocast is not None,
         quantised_bits=_QUANTISED_BITS[setup.quant],
         is_float16="float16" in (setup.autocast or setup.weights_dtype,),
@@ -56,9 +58,11 @@ def block_recipe(
 
 
 @functools.lru_cache(maxsize=1024)
-def _adapted(model: ModelSpec, targets: str | tuple[str, ...], rank: int) -> tuple[tuple[str, int], ...]:
+def _adapted(
+    model: ModelSpec, method: str, targets: str | tuple[str, ...], rank: int
+) -> tuple[tuple[str, int], ...]:
     """Each path once, though several kinds of layers may have it."""
-    found = target_matrices(model, targets)
+    found = adapted_matrices(model, find_method(method), targets)
     return tuple({matrix.path: adapter_rank(matrix, rank) for _, matrix in found}.items())
 
 

@@ -31,8 +31,8 @@ class Product:
 class Tensor:
     """One storage: its size, its dtype's width in bytes, its category, and whether a gradient flows into it.
 
-    `grad_size` is the gradient's where it isn't the tensor's own. `is_kept`: saved behind a checkpoint's back;
-    `is_cached`: by autocast, until its context ends. `base`: the tensor that it is a part of, without memory of its own.
+    It lives until the operation `last_use`, and until `graph_use` where a graph is recorded. `grad_size` is the
+    gradient's where it isn't the tensor's own. `is_kept`: saved behind a checkpoint's back; `is_cached`: by autocast, until its context ends. `base`: the tensor that it is a part of, without memory of its own.
     """
 
     size: Size
@@ -40,6 +40,7 @@ class Tensor:
     category: int
     needs_grad: bool
     last_use: int = -1
+    graph_use: int = -1
     saved_until: int = -1
     grad_size: Size | None = None
     is_kept: bool = False

@@ -60,7 +60,7 @@ def _up_to_logits(kind: LossBytes) -> LossBytes:
 @functools.lru_cache(maxsize=1024)
 def _without_layers(recipe: Recipe) -> Recipe:
     """The model's end has neither adapters nor attention: setups that differ in those share it."""
-    return replace(recipe, adapted=(), adapter=0, dropout=False, attention="sdpa", has_flash=True)
+    return replace(recipe, adapted=(), adapt=None, adapter=0, dropout=False, attention="sdpa", has_flash=True)
 
 
 class Run:

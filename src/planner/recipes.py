@@ -14,8 +14,7 @@ WARMUP_SHARE = 0.03
 """Share of a run's steps with a rising learning rate (QLoRA paper, appendix B)."""
 WARMUP_SOURCE = "QLoRA paper, appendix B"
 LARGE_MODEL_PARAMS = 13.1e9
-LARGE_MODEL_RATE = 1e-4
-"""Peak learning rate of adapters on larger models than 13B (QLoRA paper, table 9)."""
+"""Beyond it the QLoRA paper halves the learning rate (table 9: 13B and less, 33B and more)."""
 USUAL_RANK = 16
 RANK_SOURCE = (
     "Thinking Machines, LoRA primer, 2025: LoRA learns as full fine-tuning does while its parameters are as many as the "
@@ -64,8 +63,9 @@ def precise_recipe(method: str, gpu: GpuProfile) -> dict[str, Any]:
 
 def rates_for(setup: TrainSetup, model: ModelSpec) -> dict[str, Any]:
     """The learning rate where the method's own isn't for a model of this size, and nothing is asked for."""
-    is_large = setup.uses_adapters and not model.is_traced and model.num_params > LARGE_MODEL_PARAMS
-    return {"learning_rate": LARGE_MODEL_RATE} if is_large and setup.learning_rate is None else {}
+    rate = find_method(setup.method).large_learning_rate
+    is_large = not model.is_traced and model.num_params > LARGE_MODEL_PARAMS
+    return {"learning_rate": rate} if rate and is_large and setup.learning_rate is None else {}
 
 
 def describe_rates(setup: TrainSetup, model: ModelSpec, wanted_rank: int = USUAL_RANK) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from planner.methods import find_method
 from planner.render import format_bars, format_facts, paint, printable, wrap
 from planner.results import ALLOCATED_TERMS, Estimate, Fit, Interval, Memory, Plan, Time
 from planner.setup import TrainSetup
@@ -35,11 +36,9 @@ def describe_method(setup: TrainSetup) -> str:
     >>> describe_method(TrainSetup(method="qlora", rank=8))
     'qlora (rank 8 on all-linear, nf4-double)'
     """
-    if not setup.uses_adapters:
-        return setup.method
-    targets = setup.targets if isinstance(setup.targets, str) else ", ".join(setup.targets)
+    method = find_method(setup.method)
     quant = f", {setup.quant}" if setup.quant else ""
-    return f"{setup.method} (rank {setup.rank} on {targets}{quant})"
+    return method.name if method.trains_base else f"{method.name} ({method.words(setup)}{quant})"
 
 
 def describe_precision(setup: TrainSetup) -> str:

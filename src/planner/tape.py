@@ -245,6 +245,11 @@ class Tape:
         for tensor in tensors:
             (tensor.base or tensor).last_use = len(self.operations) - 1
 
+    def hold_in_graph(self, *tensors: Tensor) -> None:
+        """The same where a graph is recorded: a variable holds what has saved them, and nobody asks for its gradient."""
+        for tensor in tensors:
+            tensor.graph_use = len(self.operations) - 1
+
     def hold_to_end(self, *tensors: Tensor) -> None:
         """Keep tensors alive through the last operation that will be recorded: the block's caller holds them."""
         self.returned += tensors
@@ -337,6 +342,7 @@ class Tape:
             stays = out.is_cached or (keep_saved and out.saved_until >= 0)
             if not stays and index < len(self.operations) - 1:
                 end = len(self.operations) - 1 if out.is_kept else out.last_use
+                end = max(end, out.graph_use) if keep_saved else end
                 dying.setdefault(end, []).append(out)
             for tensor in dying.pop(index, ()):
                 live[tensor.category] = add(live[tensor.category], scale(tensor.size, -1))

@@ -12,11 +12,12 @@ from typing import Any
 from planner.errors import FinefitError, SetupError, UnknownNameError
 from planner.export import _trl_script as script
 from planner.export import accelerate, by_reason, deepspeed
-from planner.methods import PeftCall, find_method, peak_learning_rate
+from planner.methods import PeftCall, check_method, peak_learning_rate
 from planner.optimizers import find_optimizer
 from planner.recipes import WARMUP_SHARE
 from planner.resolve import resolve_model
 from planner.setup import TrainSetup
+from planner.specs import ModelSpec
 
 SUMMARY = "train.py and sft_config.yaml for TRL's SFTTrainer (with accelerate's file for several GPUs)"
 
@@ -140,7 +141,7 @@ def _checkpointing(setup: TrainSetup) -> dict[str, Any]:
 
 
 def _train_script(setup: TrainSetup) -> str:
-    call = find_method(setup.method).peft_config(setup)
+    call = check_method(setup).peft_config(setup, lambda: _open_model(setup))
     is_chat = setup.objective == "sft"
     parts = [
         script.HEAD.format(start=_start(setup), imports=_imports(setup, call)),
@@ -153,6 +154,10 @@ def _train_script(setup: TrainSetup) -> str:
         _main(setup),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _open_model(setup: TrainSetup) -> ModelSpec:
+    return resolve_model(setup.model, revision=setup.revision, objective=setup.objective)
 
 
 def _start(setup: TrainSetup) -> str:

@@ -1,7 +1,7 @@
-"""Fine-tuning methods: one file each. A method says what it trains and what PEFT must be told.
+"""Fine-tuning methods: one file each. A method says what it trains, what that takes, and what PEFT must be told.
 
 The folder is the registry: a file `NAME.py` with a constant METHOD adds the method NAME (underscores
-become hyphens) everywhere: estimate, search, exports and the run.
+become hyphens) everywhere: estimate, search, exports, trace and run.
 """
 
 from __future__ import annotations
@@ -13,31 +13,87 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from planner.errors import UnknownNameError
+from planner.errors import SetupError, UnknownNameError
+from planner.linears import Adapt
 from planner.setup import TrainSetup
-from planner.specs import Matrix
+from planner.specs import Matrix, ModelSpec
 
 PeftCall = tuple[str, dict[str, Any]]
 """The name of a class in `peft` and its keyword arguments."""
+OpenModel = Callable[[], ModelSpec]
+"""Gives the setup's model to a method whose arguments depend on it; raises where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor that a method adds, rows x columns (a vector has one row); frozen where it doesn't train."""
+
+    rows: int
+    columns: int
+    trains: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A setup that the method can't run: the field to name, when it is wrong, and what to do."""
+
+    field: str
+    is_wrong: Callable[[TrainSetup], bool]
+    message: str
+
+
+def no_parts(matrix: Matrix, rank: int) -> tuple[Part, ...]:
+    """Nothing is added to any matrix."""
+    return ()
+
+
+def no_peft(setup: TrainSetup, open_model: OpenModel) -> None:
+    """PEFT has no part in it."""
+    return
+
+
+def rank_and_targets(setup: TrainSetup) -> str:
+    """What decides the size of low-rank adapters.
+
+    >>> rank_and_targets(TrainSetup(rank=8, targets=("q_proj", "v_proj")))
+    'rank 8 on q_proj, v_proj'
+    """
+    targets = setup.targets if isinstance(setup.targets, str) else ", ".join(setup.targets)
+    return f"rank {setup.rank} on {targets}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """What a fine-tuning method trains.
 
-    `adapter_params(matrix, setup)` is the number of elements that it adds to one copy of a matrix;
-    `peft_config(setup)` is what PEFT must be told, None where the model's own weights train.
-    `learning_rate` is the default peak and `learning_rate_source` where it comes from.
+    `parts(matrix, rank)`: what it adds to one module, in the order of PEFT's parameters; `adapt` records what that module
+    then runs (planner.linears). `folds`: it can adapt parameters that hold all experts. `splits`: its tensors can be split
+    over ranks as planner.sharding has it.
+
+    `peft_config(setup, open_model)` is what PEFT must be told, None where the model's own weights train. PEFT's
+    parameters whose names contain one of `frozen` don't train; the gradient of one of `zero_at_first` is zero in the
+    first step by construction.
+
+    `learning_rate` is the default peak, `large_learning_rate` that of models beyond planner.recipes' LARGE_MODEL_PARAMS
+    where it is another one, `learning_rate_source` where both come from. `words(setup)` says what decides the method's size.
     """
 
     name: str
     summary: str
-    trains_base: bool
-    quantises_base: bool
-    adapter_params: Callable[[Matrix, TrainSetup], int]
-    peft_config: Callable[[TrainSetup], PeftCall | None]
     learning_rate: float
     learning_rate_source: str
+    large_learning_rate: float | None = None
+    trains_base: bool = False
+    quantises_base: bool = False
+    parts: Callable[[Matrix, int], tuple[Part, ...]] = no_parts
+    adapt: Adapt | None = None
+    folds: bool = False
+    splits: bool = False
+    peft_config: Callable[[TrainSetup, OpenModel], PeftCall | None] = no_peft
+    frozen: tuple[str, ...] = ()
+    zero_at_first: tuple[str, ...] = ()
+    words: Callable[[TrainSetup], str] = rank_and_targets
+    refusals: tuple[Refusal, ...] = ()
 
 
 @cache
@@ -57,6 +113,22 @@ def find_method(name: str) -> Method:
         found: Method = importlib.import_module(f"planner.methods.{module}").METHOD
         return found
     raise UnknownNameError("method", name, methods())
+
+
+def check_method(setup: TrainSetup) -> Method:
+    """The setup's method. Raises UnknownNameError, and SetupError for a setup that it can't run."""
+    method = find_method(setup.method)
+    for refusal in (*method.refusals, _UNSPLIT):
+        if refusal.is_wrong(setup):
+            raise SetupError(refusal.field, f"{setup.method}: {refusal.message}")
+    return method
+
+
+_UNSPLIT = Refusal(
+    "sharding",
+    lambda s: s.sharding not in ("none", "ddp") and not find_method(s.method).splits,
+    "its tensors aren't split over ranks here; use ddp",
+)
 
 
 def peak_learning_rate(setup: TrainSetup) -> float:

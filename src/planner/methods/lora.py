@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
-from planner.methods import Method, PeftCall
+from typing import Any
+
+from planner.linears import Base, Linears
+from planner.methods import Method, OpenModel, Part, PeftCall
 from planner.setup import TrainSetup
 from planner.specs import Matrix
+from planner.tape import Tensor, per_token
 
 
-def adapter_params(matrix: Matrix, setup: TrainSetup) -> int:
-    """Elements of A (rank x in) and B (out x rank)."""
-    return setup.rank * (matrix.in_features + matrix.out_features)
+def parts(matrix: Matrix, rank: int) -> tuple[Part, ...]:
+    """A (rank x in) and B (out x rank); all experts of one parameter share a pair that is as many times as large."""
+    rank *= matrix.copies if matrix.kind == "parameter" else 1
+    return Part(rank, matrix.in_features), Part(matrix.out_features, rank)
 
 
-def peft_config(setup: TrainSetup) -> PeftCall:
+def adapt(
+    linears: Linears, base: Base, x: Tensor, matrix: Matrix, share: float, is_quantised: bool
+) -> Tensor:
+    """out + B(A(x)) as peft's Linear does it; its 4-bit linear leaves the casts to autocast."""
+    recipe, tape = linears.recipe, linears.tape
+    out = base(x)
+    given, asked = x, out.width
+    # torch.is_autocast_enabled(), which peft's quantised linears ask, means CUDA's autocast only.
+    leaves_casts = is_quantised and recipe.autocast and recipe.on_gpu
+    if is_quantised and recipe.quantised_bits == 4:
+        out = tape.run([out], out.size, out.width)
+    if not leaves_casts:
+        x = linears.cast(x, recipe.adapter, matrix.in_features * share)
+    held = x
+    if recipe.dropout:
+        x = linears.adapter_dropped(x)
+    high = linears.low_rank(x, matrix, share)
+    high = tape.run([high], high.size, high.width)
+    if is_quantised and not leaves_casts:
+        high = linears.cast(high, asked, matrix.out_features * share)
+    width = max(out.width, high.width)
+    total = tape.run([out, high], per_token(width * matrix.out_features * share), width, shares_grad=True)
+    tape.hold(held, given)
+    return total if is_quantised else linears.cast(total, asked, matrix.out_features * share)
+
+
+def peft_config(setup: TrainSetup, open_model: OpenModel) -> PeftCall:
     """PEFT's LoraConfig."""
+    return "LoraConfig", options(setup)
+
+
+def options(setup: TrainSetup) -> dict[str, Any]:
+    """What every kind of low-rank adapter says."""
     targets = setup.targets if isinstance(setup.targets, str) else list(setup.targets)
-    return "LoraConfig", {
+    return {
         "r": setup.rank,
         "lora_alpha": setup.alpha,
         "lora_dropout": setup.dropout,
@@ -24,13 +60,19 @@ def peft_config(setup: TrainSetup) -> PeftCall:
     }
 
 
+ZERO_AT_FIRST = (".lora_A.",)
+"""A's gradient passes through B, which begins as zero."""
+
 METHOD = Method(
     name="lora",
     summary="low-rank adapters beside frozen 16-bit weights",
-    trains_base=False,
-    quantises_base=False,
-    adapter_params=adapter_params,
+    parts=parts,
+    adapt=adapt,
+    folds=True,
+    splits=True,
     peft_config=peft_config,
+    zero_at_first=ZERO_AT_FIRST,
     learning_rate=2e-4,
+    large_learning_rate=1e-4,
     learning_rate_source="QLoRA paper, table 9 (arXiv:2305.14314): 2e-4 up to 13B, 1e-4 above",
 )
