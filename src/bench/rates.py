@@ -67,10 +67,12 @@ def measure_rates(device: torch.device, progress: Progress) -> tuple[Rates, tupl
     """All of a device's rates, in under three minutes, and the readings that they are."""
     meter = _Meter(device)
     parts: Sequence[tuple[str, Callable[[_Meter], Any]]] = (
-        ("matrix products", _matmuls),
+        ("matrix products", partial(_matmuls, calls=_forward_and_input)),
+        ("weight gradients", partial(_matmuls, calls=_weight_gradient)),
         ("memory", _memory),
         ("attention", _attention),
         ("optimizer", _optimizer),
+        ("clipping", _clipping),
         ("dequantisation", _dequantisation),
         ("launches", _launches),
         ("link", _link),
@@ -85,6 +87,8 @@ def measure_rates(device: torch.device, progress: Progress) -> tuple[Rates, tupl
     is_cpu = device.type == "cpu"
     single = Rates(
         matmul=found["matrix products"],
+        weight_matmul=found["weight gradients"],
+        clip_bytes_per_s=found["clipping"],
         attention=found["attention"],
         memory_bytes_per_s=found["memory"],
         optimizer_bytes_per_s=found["optimizer"],
@@ -155,26 +159,36 @@ class _Meter:
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
-def _matmuls(meter: _Meter) -> dict[int, Curve]:
-    return {width: Curve(tuple(sorted(_points(meter, dtype)))) for width, dtype in _DTYPES.items()}
+Products = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[str, int]]
+"""Multiplies an input, a weight and an output's gradient; what that was, and how many products."""
 
 
-def _points(meter: _Meter, dtype: torch.dtype) -> Iterator[tuple[float, float]]:
-    """(FLOPs of one product, FLOP/s): the mean of the three products of a linear's forward and backward."""
+def _matmuls(meter: _Meter, calls: Products) -> dict[int, Curve]:
+    return {width: Curve(tuple(sorted(_points(meter, dtype, calls)))) for width, dtype in _DTYPES.items()}
+
+
+def _points(meter: _Meter, dtype: torch.dtype, calls: Products) -> Iterator[tuple[float, float]]:
+    """(FLOPs of one product, FLOP/s)."""
     shapes = [(TOKENS, w, max(w, 64)) for w in WIDTHS] + [(LONG_TOKENS, 4096, 4096)]
     for tokens, inputs, outputs in shapes:
         x = meter.random(tokens, inputs, dtype=dtype)
         weight = meter.random(outputs, inputs, dtype=dtype)
         gradient = meter.random(tokens, outputs, dtype=dtype)
         flops = 2.0 * tokens * inputs * outputs
-        name = f"matmul {_name(dtype)} {tokens} x {inputs} x {outputs}"
-        yield flops, meter.rate(name, "FLOP/s", 3 * flops, partial(_three, x, weight, gradient))
+        what, count = calls(x, weight, gradient)
+        name = f"{what} {_name(dtype)} {tokens} x {inputs} x {outputs}"
+        yield flops, meter.rate(name, "FLOP/s", count * flops, partial(calls, x, weight, gradient))
 
 
-def _three(x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+def _forward_and_input(x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> tuple[str, int]:
     functional.linear(x, weight)
     gradient @ weight
+    return "matmul", 2
+
+
+def _weight_gradient(x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> tuple[str, int]:
     gradient.T @ x
+    return "weight gradient", 1
 
 
 def _memory(meter: _Meter) -> float:
@@ -232,6 +246,19 @@ def _optimizer(meter: _Meter) -> float:
     # A fused step reads gradients and two states, and writes parameters and both states.
     moved = float(rule.num_accesses * stepped if rule.num_accesses else 3 * stepped + 2 * 2 * stepped)
     return meter.rate("optimizer step bfloat16", "bytes/s", moved, optimizer.step)
+
+
+def _clipping(meter: _Meter) -> float:
+    """Clipping of bfloat16 gradients by their norm: they are read for it, then read and written."""
+    parameters = [
+        nn.Parameter(meter.random(OPTIMIZER_ELEMENTS, dtype=torch.bfloat16)) for _ in range(OPTIMIZER_TENSORS)
+    ]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    moved = 3.0 * torch.bfloat16.itemsize * OPTIMIZER_ELEMENTS * OPTIMIZER_TENSORS
+    return meter.rate(
+        "clipping bfloat16", "bytes/s", moved, lambda: nn.utils.clip_grad_norm_(parameters, 1.0)
+    )
 
 
 def _dequantisation(meter: _Meter) -> float:

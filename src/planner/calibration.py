@@ -114,10 +114,13 @@ def _time(*names: str) -> Callable[[Rates, float], Rates]:
 TERMS: Mapping[str, Callable[[Rates, float], Rates]] = {
     "products, 16 bits": _curve("matmul", 2),
     "products, 32 bits": _curve("matmul", 4),
+    "weight gradients, 16 bits": _curve("weight_matmul", 2),
+    "weight gradients, 32 bits": _curve("weight_matmul", 4),
     "attention, 16 bits": _curve("attention", 2),
     "attention, 32 bits": _curve("attention", 4),
     "pointwise operations": _rate("memory_bytes_per_s"),
     "optimizer": _rate("optimizer_bytes_per_s"),
+    "clipping": _rate("clip_bytes_per_s"),
     "4-bit weights": _rate("dequantise_bytes_per_s"),
     "launches": _time("launch_s", "kernel_s", "step_s"),
     "links": _rate("link_bytes_per_s", "network_bytes_per_s"),

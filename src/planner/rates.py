@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,9 @@ class Rates:
     """What one device of a machine reaches.
 
     `matmul`: FLOP/s of matrix products by the bytes of their elements (2, 4), each by the FLOPs of one product;
+    `weight_matmul` of those that make weights' gradients, which read both operands across (as `matmul` where it is empty);
     `attention` of FLOPs inside fused attention kernels by the same bytes, each by the rows' length in tokens; bytes per second that pointwise operations
-    (`memory_bytes_per_s`), the optimizer (`optimizer_bytes_per_s`) and dequantisation (`dequantise_bytes_per_s`) move;
+    (`memory_bytes_per_s`), the optimizer (`optimizer_bytes_per_s`), clipping (`clip_bytes_per_s`, as the optimizer where it is None) and dequantisation (`dequantise_bytes_per_s`) move;
     `launch_s`: host's time for one kernel; `kernel_s`: device's time for a kernel that does nothing; `step_s`: host's
     time per optimizer step beside the kernels. `overlap`: the share of an exchange between devices that costs the
     passes beside it nothing. One direction of one device: `link_bytes_per_s` to the others of its
@@ -70,6 +71,8 @@ class Rates:
     optimizer_bytes_per_s: float
     dequantise_bytes_per_s: float
     launch_s: float
+    weight_matmul: Mapping[int, Curve] = field(default_factory=dict)
+    clip_bytes_per_s: float | None = None
     kernel_s: float = 0.0
     step_s: float = 0.0
     overlap: float = 0.0
@@ -79,6 +82,11 @@ class Rates:
     host_step_bytes_per_s: float | None = None
     source: str = ""
 
+    def product(self, width: int, *, of_weight: bool) -> Curve:
+        """FLOP/s of matrix products of elements of `width` bytes, by the FLOPs of one."""
+        curves = self.weight_matmul if of_weight and self.weight_matmul else self.matmul
+        return curves[width]
+
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` reads back."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -87,10 +95,10 @@ class Rates:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Rates:
         """Raises KeyError, TypeError or ValueError for anything that isn't such rates."""
-        return cls(**{**values, **{name: _curves_from_json(values[name]) for name in CURVES}})
+        return cls(**{**values, **{name: _curves_from_json(values.get(name, {})) for name in CURVES}})
 
 
-CURVES = ("matmul", "attention")
+CURVES = ("matmul", "weight_matmul", "attention")
 """Rates by the bytes of an element, each of them a curve."""
 
 

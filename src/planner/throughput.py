@@ -182,7 +182,7 @@ class TimeModel:
         found = Seconds()
         for product in work.matmuls:
             flops = evaluate(product.flops, tokens, seq_len)
-            computing = flops / rates.matmul[product.width].at(flops)
+            computing = flops / rates.product(product.width, of_weight=product.of_weight).at(flops)
             moving = evaluate(product.moved, tokens, seq_len) / rates.memory_bytes_per_s
             if computing >= moving:
                 found.compute += product.count * computing
@@ -241,12 +241,16 @@ class TimeModel:
             found.communication += _per(self._traffic.host_step_bytes, self.rates.host_bytes_per_s)
             found.memory += _per(self._traffic.stepped_bytes, self.rates.host_step_bytes_per_s)
             return found
-        moved = _stepped_bytes(setup, self.run.inventory)
+        rates, inventory = self.rates, self.run.inventory
+        seconds = _stepped_bytes(setup, inventory) / rates.optimizer_bytes_per_s
         if setup.max_grad_norm is not None and not setup.optimizer_in_backward:
-            moved += 3.0 * self.run.inventory.gradients_bytes
+            # Gradients are read for their norm, then read and written.
+            seconds += (
+                3.0 * inventory.gradients_bytes / (rates.clip_bytes_per_s or rates.optimizer_bytes_per_s)
+            )
         how = STRATEGIES[setup.sharding]
         is_shared = how.shards_optimizer or how.splits_layers
-        found.memory += moved / (setup.num_gpus if is_shared else 1) / self.rates.optimizer_bytes_per_s
+        found.memory += seconds / (setup.num_gpus if is_shared else 1)
         return found
 
 

@@ -19,12 +19,16 @@ DEQUANTISED_BYTES = 2.5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matmul:
-    """One matrix product: FLOPs, bytes of its operands and result, and the width of the operands' elements in bytes."""
+    """One matrix product: FLOPs, bytes of its operands and result, and the width of the operands' elements in bytes.
+
+    `of_weight`: its result is a weight's gradient.
+    """
 
     flops: Size
     moved: Size
     width: int
     count: int = 1
+    of_weight: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +76,7 @@ class _Sum:
 
     def __init__(self, times: int = 1) -> None:
         self.times = times
-        self.products: dict[tuple[Size, Size, int], int] = {}
+        self.products: dict[tuple[Size, Size, int, bool], int] = {}
         self.attention, self.skipping = _Sizes(), _Sizes()
         self.moved = _Sizes()
         self.num_dequantised = 0.0
@@ -82,8 +86,8 @@ class _Sum:
         """What was added up; equal products are counted, not repeated."""
         return Work(
             matmuls=tuple(
-                Matmul(flops=flops, moved=moved, width=width, count=count)
-                for (flops, moved, width), count in self.products.items()
+                Matmul(flops=flops, moved=moved, width=width, count=count, of_weight=of_weight)
+                for (flops, moved, width, of_weight), count in self.products.items()
             ),
             attention=self.attention.size(),
             skipping=self.skipping.size(),
@@ -181,12 +185,14 @@ class _Sum:
                 self._multiply(op, [*inputs, out, *(t.gradient for t in wanted)], product.backward)
             return
         weight = constant(product.weight_bytes)
-        for _ in range(len(wanted) + product.trains_weight):
+        for of_weight in [False] * len(wanted) + [True] * product.trains_weight:
             # Each gradient reads the other operand and is as large as its own.
-            self._multiply(op, [*inputs, out, weight], 1.0)
+            self._multiply(op, [*inputs, out, weight], 1.0, of_weight=of_weight)
             self._launch(1)
 
-    def _multiply(self, op: Operation, sizes: Sequence[Size], times: float) -> None:
+    def _multiply(
+        self, op: Operation, sizes: Sequence[Size], times: float, *, of_weight: bool = False
+    ) -> None:
         product = op.product
         assert product is not None
         flops, moved = scale(product.flops, times), sum_of(sizes)
@@ -194,7 +200,7 @@ class _Sum:
             (self.skipping if product.skips else self.attention).add(flops, self.times)
             self._move(moved)
             return
-        key = flops, moved, op.output.width
+        key = flops, moved, op.output.width, of_weight
         self.products[key] = self.products.get(key, 0) + self.times
 
 
