@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import planner.export
 from planner.errors import SetupError, UnknownNameError
 from planner.export import find_format, formats
+from planner.layers import peft_call
 from planner.methods import methods
 from planner.optimizers import OPTIMIZERS, find_optimizer
 from planner.resolve import resolve_model
@@ -228,14 +229,15 @@ def test_trl_says_what_the_setup_says(name):
 
 @pytest.mark.parametrize("method", methods())
 def test_trl_passes_peft_what_the_method_says(method):
-    setup = BASE.with_(model="smollm2-135m", method=method, rank=4, alpha=9.0, targets=("q_proj", "v_proj"))
-    call = methods()[method].peft_config(setup, lambda: resolve_model("smollm2-135m"))
+    setup = BASE.with_(model="qwen2.5-0.5b", method=method, rank=4, alpha=9.0, targets=("q_proj", "v_proj"))
+    call = peft_call(setup, lambda: resolve_model(str(setup.model)))
     script = train_script(setup)
     if call is None:
         assert "peft" not in script
     else:
         assert f"{call[0]}(" in script
         assert constants(script)["ADAPTER"] == call[1]
+    assert all(repr(part) in script for part in methods()[method].frozen)
 
 
 @pytest.mark.parametrize("name", [n for n, s in SETUPS.items() if can_export("deepspeed", s)])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.build import build_model, trained_parameters
+from bench.build import build_model, drawn_parameters, trained_parameters
 from bench.train import train
 from planner.errors import SetupError
 from planner.estimate import resolve
@@ -66,10 +66,30 @@ def test_experts_that_are_one_parameter_are_refused_with_what_can_be_named() -> 
         take_inventory(setup, resolve(setup))
 
 
+def test_a_model_without_biases_is_told_what_else_there_is() -> None:
+    setup = small("llama", "bitfit")
+    with pytest.raises(SetupError, match=r"bitfit takes biases .*use ia3.* llama has none"):
+        take_inventory(setup, resolve(setup))
+
+
+def test_a_factor_that_was_drawn_is_kept_though_it_does_not_train() -> None:
+    setup = small("llama", "lora-fa")
+    model = build_model(setup, meta=True)
+    kept, trained = drawn_parameters(setup, model), trained_parameters(model)
+    assert set(trained) == {name for name in kept if ".lora_B." in name}
+    assert any(".lora_A." in name for name in kept)
+
+
+@pytest.mark.parametrize("method", ["ia3", "bitfit"])
+def test_a_field_that_a_method_would_ignore_is_refused(method: str) -> None:
+    with pytest.raises(SetupError, match=f"dropout: {method}"):
+        build_model(small("qwen2", method, dropout=0.1), meta=True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("methods")
-    save_tiny_model(made / "model")
+    save_tiny_model(made / "model", attention_bias=True)
     write_rows(made / "rows.jsonl", 12)
     return made
 
@@ -80,7 +100,15 @@ def run(folder: Path, out: Path, method: str, **changes: Any) -> Any:
     return train(tiny_setup(**{**plan, **fixed, **changes}), out, progress=False)
 
 
-@pytest.mark.parametrize("method", [m for m in ADDING if m not in ("lora", "qlora")])
+QUICK = ("dora",)
+NEW = [
+    pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow)
+    for m in ADDING
+    if m not in ("lora", "qlora")
+]
+
+
+@pytest.mark.parametrize("method", NEW)
 def test_a_run_leaves_an_adapter_that_peft_reads(folder: Path, tmp_path: Path, method: str) -> None:
     """The run itself compares logits: those of the reloaded adapter are the model's and not the base's."""
     summary = run(folder, tmp_path / "run", method)

@@ -19,7 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from bench.remote_code import refuse_code
 from planner import hub
 from planner.errors import ConfigError, FinefitError, NotModelledError, SetupError
-from planner.methods import check_method
+from planner.layers import peft_call
+from planner.methods import find_method
 from planner.resolve import resolve_model
 from planner.setup import TrainSetup
 from planner.sharding import STRATEGIES
@@ -276,8 +277,7 @@ def _upcast_unquantised(model: nn.Module) -> None:
 
 def add_adapters(setup: TrainSetup, model: nn.Module, *, meta: bool = False) -> nn.Module:
     """The model wrapped by PEFT with the method's adapters in `adapter_dtype`; unchanged for full training."""
-    method = check_method(setup)
-    call = method.peft_config(setup, lambda: resolve_model(model.config.to_dict(), objective=setup.objective))
+    call = peft_call(setup, lambda: resolve_model(model.config.to_dict(), objective=setup.objective))
     if call is None:
         return model
     import peft
@@ -293,11 +293,12 @@ def add_adapters(setup: TrainSetup, model: nn.Module, *, meta: bool = False) -> 
         )
     except ValueError as error:
         raise SetupError("targets", one_line(error)) from error
+    frozen = find_method(setup.method).frozen
     # PEFT follows the base weights' dtype, which says nothing when those are packed integers.
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch_dtype(setup.adapter_dtype))
-            parameter.requires_grad = not any(part in name for part in method.frozen)
+            parameter.requires_grad = not any(part in name for part in frozen)
     return wrapped
 
 
@@ -346,6 +347,16 @@ def compile_layers(model: nn.Module) -> None:
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name; a tied weight once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def drawn_parameters(setup: TrainSetup, model: nn.Module) -> dict[str, nn.Parameter]:
+    """All that isn't in the model's own files: what trains, and what its method has drawn and keeps."""
+    frozen = find_method(setup.method).frozen
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad or any(part in name for part in frozen)
+    }
 
 
 def check_runnable(setup: TrainSetup, device: str | torch.device) -> None:

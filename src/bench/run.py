@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.build import trained_parameters
+from bench.build import drawn_parameters, trained_parameters
 from bench.chat import sample_answers
 from bench.checkpoint import (
     KEEP,
@@ -204,7 +204,7 @@ class Run:
                 raise FinefitError(f"the adapter tensor {name} gets no gradient: it would stay untrained")
 
     def _save(self) -> None:
-        weights = trained_parameters(self.model)
+        weights = drawn_parameters(self.setup, self.model)
         state = self._state_tree()
         check_disk(self.folder.root, tensor_bytes(weights) + tensor_bytes(state))
         self.log.sync()
@@ -243,7 +243,7 @@ class Run:
                 f"{self.setup.data} is not what it was when {checkpoint.path} was written; put the old data back, "
                 "choose another --out, or allow the changes"
             )
-        load_weights(trained_parameters(self.model), checkpoint.weights)
+        load_weights(drawn_parameters(self.setup, self.model), checkpoint.weights)
         try:
             self.optimizer.load_state_dict(_mutable(state["optimizer"]))
             if self.train_step.scaler is not None and state["scaler"]:
@@ -273,7 +273,7 @@ class Run:
 
     def _needed_bytes(self) -> int:
         """Disk: the checkpoints that stay, the one being written, and the final adapter or model."""
-        weights = trained_parameters(self.model)
+        weights = drawn_parameters(self.setup, self.model)
         return (KEEP + 1) * checkpoint_bytes(self.setup, weights) + tensor_bytes(weights)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from planner.errors import SetupError
 from planner.families import family
-from planner.methods import Method
+from planner.methods import Method, PeftCall, check_method
+from planner.setup import TrainSetup
 from planner.specs import LayerSpec, Matrix, ModelSpec
 
 ALL_LINEAR = "all-linear"
@@ -73,7 +74,11 @@ def adapted_matrices(model: ModelSpec, method: Method, targets: str | Sequence[s
     """
     if method.adapt is None:
         return ()
-    found = target_matrices(model, targets)
+    found = [target for target in target_matrices(model, targets) if method.takes(target[1])]
+    if not found:
+        raise SetupError(
+            "targets", f"{method.name} takes {method.takes_what}, and {model.name} has none of them there"
+        )
     folded = [matrix.module for _, matrix in found if matrix.kind == "parameter"]
     if folded and not method.folds:
         names = ", ".join(dict.fromkeys(m.module for _, m in found if m.kind != "parameter"))
@@ -81,7 +86,20 @@ def adapted_matrices(model: ModelSpec, method: Method, targets: str | Sequence[s
             "targets",
             f"{method.name} can't adapt {folded[0]} of {model.name}, one parameter for all experts; name modules: {names}",
         )
-    return found
+    return tuple(found)
+
+
+def peft_call(setup: TrainSetup, open_model: Callable[[], ModelSpec]) -> PeftCall | None:
+    """What PEFT is told of a setup, None where it has no part; the model is opened where that depends on it.
+
+    Raises SetupError for a setup that the method can't run, and for targets that match nothing.
+    """
+    method = check_method(setup)
+
+    def find() -> list[Matrix]:
+        return [matrix for _, matrix in adapted_matrices(open_model(), method, setup.targets)]
+
+    return method.peft_config(setup, find)
 
 
 def adapter_rank(matrix: Matrix, rank: int) -> int:

@@ -20,6 +20,7 @@ from planner.tape import (
     Size,
     Tape,
     Tensor,
+    add,
     constant,
     per_token,
     scale,
@@ -317,6 +318,23 @@ class Linears:
                 trains_weight=trains and not copies,
             ),
         )
+
+    def weighted(self, x: Tensor, vector: Tensor, num_elements: float) -> Tensor:
+        """x times a trained vector of `num_elements` per token, in the wider dtype of both.
+
+        The backward makes the vector's gradient in full before it sums it up, and x's in the wider dtype before it narrows it.
+        """
+        width = max(x.width, vector.width)
+        wide = per_token(width * num_elements)
+        beside = wide if x.width == width else add(wide, wide)
+        return self.tape.run([vector, x], wide, width, saves=[vector, x], grad_temp=beside)
+
+    def vector(self, num_elements: float, num_copies: int = 1) -> Tensor:
+        """A trained vector of the adapter's dtype, and copies of it with which it is computed."""
+        size = constant(num_elements * self.recipe.adapter)
+        made = self.tape.run([], scale(size, num_copies), self.recipe.adapter, weight_grad=size)
+        made.grad_size = size
+        return made
 
     def adapter_dropped(self, x: Tensor) -> Tensor:
         """A fused adapter's backward asks the copy which elements are zero, and keeps its input."""

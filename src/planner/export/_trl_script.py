@@ -151,6 +151,12 @@ ADAPTER_CAST = """\
             parameter.data = parameter.data.to(torch.{dtype})
 """
 
+FREEZE = """\
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in {parts!r}):
+            parameter.requires_grad = False
+"""
+
 MAIN = """\
 def main():
 {gpu_check}    here = Path(__file__).parent

@@ -12,7 +12,8 @@ from typing import Any
 from planner.errors import FinefitError, SetupError, UnknownNameError
 from planner.export import _trl_script as script
 from planner.export import accelerate, by_reason, deepspeed
-from planner.methods import PeftCall, check_method, peak_learning_rate
+from planner.layers import peft_call
+from planner.methods import PeftCall, find_method, peak_learning_rate
 from planner.optimizers import find_optimizer
 from planner.recipes import WARMUP_SHARE
 from planner.resolve import resolve_model
@@ -141,7 +142,7 @@ def _checkpointing(setup: TrainSetup) -> dict[str, Any]:
 
 
 def _train_script(setup: TrainSetup) -> str:
-    call = check_method(setup).peft_config(setup, lambda: _open_model(setup))
+    call = peft_call(setup, lambda: _open_model(setup))
     is_chat = setup.objective == "sft"
     parts = [
         script.HEAD.format(start=_start(setup), imports=_imports(setup, call)),
@@ -264,7 +265,8 @@ def _load_model_body(setup: TrainSetup, call: PeftCall | None) -> str:
         body += script.ADAPTERS.format(peft_class=call[0], autocast=autocast)
     if _casts_adapters(setup):
         body += script.ADAPTER_CAST.format(dtype=setup.adapter_dtype)
-    return body
+    frozen = find_method(setup.method).frozen
+    return body + (script.FREEZE.format(parts=frozen) if frozen else "")
 
 
 def _main(setup: TrainSetup) -> str:

@@ -7,7 +7,8 @@ become hyphens) everywhere: estimate, search, exports, trace and run.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import Any
 from planner.errors import SetupError, UnknownNameError
 from planner.linears import Adapt
 from planner.setup import TrainSetup
-from planner.specs import Matrix, ModelSpec
+from planner.specs import Matrix
 
 PeftCall = tuple[str, dict[str, Any]]
 """The name of a class in `peft` and its keyword arguments."""
-OpenModel = Callable[[], ModelSpec]
-"""Gives the setup's model to a method whose arguments depend on it; raises where there is none."""
+FindMatrices = Callable[[], Sequence[Matrix]]
+"""Gives the matrices that are adapted to a method whose arguments depend on them; raises where the model isn't known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,30 @@ class Refusal:
     message: str
 
 
+NO_DROPOUT = Refusal("dropout", lambda s: s.dropout > 0, "PEFT drops nothing there; leave it 0")
+
+
+def every_linear(matrix: Matrix) -> bool:
+    """What PEFT means by all-linear; planner.layers knows the rest."""
+    return True
+
+
+def exactly(matrices: Iterable[Matrix]) -> str:
+    """A pattern of PEFT's for these matrices of each layer alone: a plain name would match longer ones that end in it.
+
+    >>> exactly([Matrix(module="k", role="k", in_features=1, out_features=1, path="attn.k")])
+    '.*\\\\.\\\\d+\\\\.(attn\\\\.k)'
+    """
+    paths = dict.fromkeys(re.escape(matrix.path) for matrix in matrices)
+    return rf".*\.\d+\.({'|'.join(paths)})"
+
+
 def no_parts(matrix: Matrix, rank: int) -> tuple[Part, ...]:
     """Nothing is added to any matrix."""
     return ()
 
 
-def no_peft(setup: TrainSetup, open_model: OpenModel) -> None:
+def no_peft(setup: TrainSetup, find_matrices: FindMatrices) -> None:
     """PEFT has no part in it."""
     return
 
@@ -66,11 +85,11 @@ def rank_and_targets(setup: TrainSetup) -> str:
 class Method:
     """What a fine-tuning method trains.
 
-    `parts(matrix, rank)`: what it adds to one module, in the order of PEFT's parameters; `adapt` records what that module
-    then runs (planner.linears). `folds`: it can adapt parameters that hold all experts. `splits`: its tensors can be split
+    `takes(matrix)`: whether it adapts a matrix at all, and `takes_what` those in words. `parts(matrix, rank)`: what it adds to
+    one module, in the order of PEFT's parameters; `adapt` records what that module then runs (planner.linears). `folds`: it can adapt parameters that hold all experts. `splits`: its tensors can be split
     over ranks as planner.sharding has it.
 
-    `peft_config(setup, open_model)` is what PEFT must be told, None where the model's own weights train. PEFT's
+    `peft_config(setup, find_matrices)` is what PEFT must be told, None where the model's own weights train. PEFT's
     parameters whose names contain one of `frozen` don't train; the gradient of one of `zero_at_first` is zero in the
     first step by construction.
 
@@ -85,11 +104,13 @@ class Method:
     large_learning_rate: float | None = None
     trains_base: bool = False
     quantises_base: bool = False
+    takes: Callable[[Matrix], bool] = every_linear
+    takes_what: str = ""
     parts: Callable[[Matrix, int], tuple[Part, ...]] = no_parts
     adapt: Adapt | None = None
     folds: bool = False
     splits: bool = False
-    peft_config: Callable[[TrainSetup, OpenModel], PeftCall | None] = no_peft
+    peft_config: Callable[[TrainSetup, FindMatrices], PeftCall | None] = no_peft
     frozen: tuple[str, ...] = ()
     zero_at_first: tuple[str, ...] = ()
     words: Callable[[TrainSetup], str] = rank_and_targets

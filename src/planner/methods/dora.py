@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner.linears import Base, Linears
-from planner.methods import OpenModel, Part, PeftCall, lora
+from planner.methods import FindMatrices, Part, PeftCall, lora
 from planner.operations import Product
 from planner.setup import TrainSetup
 from planner.specs import Matrix
-from planner.tape import WORKSPACE, Size, Tensor, add, constant, per_token, scale
+from planner.tape import WORKSPACE, Tensor, constant, per_token
 
 
 def parts(matrix: Matrix, rank: int) -> tuple[Part, ...]:
@@ -17,7 +17,7 @@ def parts(matrix: Matrix, rank: int) -> tuple[Part, ...]:
     return *lora.parts(matrix, rank), Part(1, matrix.out_features)
 
 
-def peft_config(setup: TrainSetup, open_model: OpenModel) -> PeftCall:
+def peft_config(setup: TrainSetup, find_matrices: FindMatrices) -> PeftCall:
     """PEFT's LoraConfig with DoRA."""
     return "LoraConfig", {**lora.options(setup), "use_dora": True}
 
@@ -37,18 +37,15 @@ def adapt(
     drops = recipe.dropout and recipe.training
     source = linears.adapter_dropped(x) if recipe.dropout else x
     weight, held, saved = _norm(linears, matrix, x.width)
-    factor = _magnitude(linears, matrix)
+    # magnitude / norm, that minus 1, and the norm
+    factor = linears.vector(matrix.out_features * matrix.copies, num_copies=3)
     high = linears.low_rank(source, matrix, share)
     if drops:
         direct = _product(linears, source, weight, matrix, share)
     else:
         direct = tape.run([out], out.size, out.width, shares_grad=True) if matrix.bias else out
     wide = per_token(recipe.adapter * num_outputs)
-    # Each product's backward makes the magnitude's gradient in full before it is summed up.
-    first, second = (
-        tape.run([factor, out], wide, recipe.adapter, saves=[factor, out], grad_temp=_beside(wide, out))
-        for out in (direct, high)
-    )
+    first, second = (linears.weighted(out, factor, num_outputs) for out in (direct, high))
     scaled = tape.run([second], wide, recipe.adapter)
     update = tape.run([first, scaled], wide, recipe.adapter, shares_grad=True)
     tape.hold(*held, high, direct)
@@ -88,22 +85,6 @@ def _norm(
     scaled = made(num_in * num_out, width, wide)
     made(num_in * num_out, width, scaled)
     return copy, (wide, *([copy] if copy else [])), (given, low, high)
-
-
-def _magnitude(linears: Linears, matrix: Matrix) -> Tensor:
-    """magnitude / norm, that minus 1, and the norm: vectors, of which only the magnitude trains."""
-    num_outputs = matrix.out_features * matrix.copies
-    vector = constant(num_outputs * linears.recipe.adapter)
-    factor = linears.tape.run([], scale(vector, 3), linears.recipe.adapter, weight_grad=vector)
-    factor.grad_size = vector
-    return factor
-
-
-def _beside(wide: Size, out: Tensor) -> Size:
-    """What the backward of a product with a vector holds beside the tensor's gradient: the vector's before it is summed,
-    and the tensor's in the wider dtype before it is narrowed.
-    """
-    return wide if out.size == wide else add(wide, wide)
 
 
 def _product(linears: Linears, x: Tensor, weight: Tensor | None, matrix: Matrix, share: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.linears import Base, Linears
-from planner.methods import Method, OpenModel, Part, PeftCall
+from planner.methods import FindMatrices, Method, Part, PeftCall
 from planner.setup import TrainSetup
 from planner.specs import Matrix
 from planner.tape import Tensor, per_token
@@ -20,7 +20,21 @@ def parts(matrix: Matrix, rank: int) -> tuple[Part, ...]:
 def adapt(
     linears: Linears, base: Base, x: Tensor, matrix: Matrix, share: float, is_quantised: bool
 ) -> Tensor:
-    """out + B(A(x)) as peft's Linear does it; its 4-bit linear leaves the casts to autocast."""
+    """out + B(A(x))."""
+    return added(linears, base, x, matrix, share, is_quantised=is_quantised, trains_first=True)
+
+
+def added(
+    linears: Linears,
+    base: Base,
+    x: Tensor,
+    matrix: Matrix,
+    share: float,
+    *,
+    is_quantised: bool,
+    trains_first: bool,
+) -> Tensor:
+    """The same as peft's Linear does it, A frozen unless `trains_first`; its 4-bit linear leaves the casts to autocast."""
     recipe, tape = linears.recipe, linears.tape
     out = base(x)
     given, asked = x, out.width
@@ -33,7 +47,7 @@ def adapt(
     held = x
     if recipe.dropout:
         x = linears.adapter_dropped(x)
-    high = linears.low_rank(x, matrix, share)
+    high = linears.low_rank(x, matrix, share, trains_first=trains_first)
     high = tape.run([high], high.size, high.width)
     if is_quantised and not leaves_casts:
         high = linears.cast(high, asked, matrix.out_features * share)
@@ -43,7 +57,7 @@ def adapt(
     return total if is_quantised else linears.cast(total, asked, matrix.out_features * share)
 
 
-def peft_config(setup: TrainSetup, open_model: OpenModel) -> PeftCall:
+def peft_config(setup: TrainSetup, find_matrices: FindMatrices) -> PeftCall:
     """PEFT's LoraConfig."""
     return "LoraConfig", options(setup)
 

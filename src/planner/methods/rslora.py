@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.methods import OpenModel, PeftCall
+from planner.methods import FindMatrices, PeftCall
 from planner.methods.lora import METHOD as LORA
 from planner.methods.lora import options
 from planner.setup import TrainSetup
 
 
-def peft_config(setup: TrainSetup, open_model: OpenModel) -> PeftCall:
+def peft_config(setup: TrainSetup, find_matrices: FindMatrices) -> PeftCall:
     """PEFT's LoraConfig with its scale of alpha / sqrt(rank)."""
     return "LoraConfig", {**options(setup), "use_rslora": True}
 
