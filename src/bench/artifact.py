@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from bench.build import inner_model, torch_dtype
@@ -18,8 +20,17 @@ from planner.setup import TrainSetup
 _RELOADED = "reloaded"
 
 
-def write_artifact(setup: TrainSetup, model: Any, tokenizer: Any, run_folder: Path) -> Path:
-    """Save adapter or model with its tokenizer; the folder's path. Raises FinefitError with nothing half-written."""
+def write_artifact(
+    setup: TrainSetup,
+    model: Any,
+    tokenizer: Any,
+    run_folder: Path,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Save adapter or model with its tokenizer; the folder's path. Raises FinefitError with nothing half-written.
+
+    `weights` are those that trained, where the model's own are split over ranks.
+    """
     target = run_folder / ("adapter" if setup.uses_adapters else "model")
     aside = run_folder / f".writing-{target.name}"
     config = inner_model(model).config
@@ -29,9 +40,9 @@ def write_artifact(setup: TrainSetup, model: Any, tokenizer: Any, run_folder: Pa
         if setup.uses_adapters:
             _name_base(setup, model)
             # PEFT would otherwise ask the hub whether the embeddings were resized
-            model.save_pretrained(aside, save_embedding_layers=False)
+            model.save_pretrained(aside, state_dict=weights, save_embedding_layers=False)
         else:
-            model.save_pretrained(aside)
+            model.save_pretrained(aside, state_dict=weights and {**_buffers(model), **weights})
         tokenizer.save_pretrained(aside)
         sync(*aside.iterdir(), aside)
         if target.exists():
@@ -77,6 +88,30 @@ def verify_artifact(setup: TrainSetup, model: Any, target: Path, token_ids: torc
         )
     if torch.equal(trained, base):
         raise FinefitError(f"{target}: the adapter changes no logit: the run has trained nothing")
+
+
+def verify_weights(setup: TrainSetup, model: Any, target: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Read the artifact back and raise FinefitError unless it holds the `weights` that trained, and these have changed."""
+    expected = dict(weights)
+    if setup.uses_adapters:
+        from peft import get_peft_model_state_dict
+
+        expected = get_peft_model_state_dict(model, state_dict=expected)
+        zero_at_first = [tensor for name, tensor in expected.items() if "lora_B" in name]
+        if zero_at_first and not any(bool(tensor.any()) for tensor in zero_at_first):
+            raise FinefitError(f"{target}: the adapter changes no logit: the run has trained nothing")
+    saved: dict[str, torch.Tensor] = {}
+    for file in target.glob("*.safetensors"):
+        saved |= load_file(file)
+    wrong = [name for name, t in expected.items() if name not in saved or not torch.equal(saved[name], t)]
+    if wrong:
+        raise FinefitError(f"{target}: {wrong[0]}, read back, differs from the trained weight")
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a saved model holds beside its parameters."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _logits(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:

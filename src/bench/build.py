@@ -360,16 +360,11 @@ def drawn_parameters(setup: TrainSetup, model: nn.Module) -> dict[str, nn.Parame
 
 
 def check_runnable(setup: TrainSetup, device: str | torch.device) -> None:
-    """Raise SetupError or NotModelledError for what can be planned and traced but not run here in one process."""
+    """Raise SetupError or NotModelledError for what can be planned and traced but not run on such a device."""
     device = torch.device(device)
     on_cuda = device.type == "cuda"
     if setup.objective not in ("sft", "pretrain"):
         raise NotModelledError(f"objective: {setup.objective} can't be run yet; sft and pretrain can")
-    if setup.num_gpus > 1 or setup.sharding != "none" or setup.offload != "none":
-        raise NotModelledError(
-            "sharding: finefit runs one process on one device; `finefit export` writes the plan for trainers "
-            "that use several"
-        )
     if setup.kernels != "plain":
         raise NotModelledError(f"kernels: {setup.kernels} can't be run yet; use plain")
     if setup.attention == "flash" and not on_cuda:

@@ -2,8 +2,9 @@
 
 `checkpoints/step-000123/` holds `weights.safetensors` (the trained parameters), `state.safetensors` and `state.json`
 (optimizer, random generators, the run's position) and `manifest.json` (sizes and SHA-256 of the others). The folder
-is written aside, each file fsynced, the manifest last, then renamed. A folder whose manifest doesn't hold is
-skipped, saying so, and the one before is used; that is why at least two are kept.
+is written aside, each file fsynced, the manifest last, then renamed. Of several ranks the first writes there, each
+other one in a folder `rank-0001/` … of the same checkpoint; the manifest names all files. A folder whose manifest
+doesn't hold is skipped, saying so, and the one before is used; that is why at least two are kept.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from bench.world import ALONE, World
 from planner.errors import FinefitError
 from planner.units import format_bytes
 
@@ -45,41 +47,81 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    root: Path, step: int, weights: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, keep: int = KEEP
+    root: Path,
+    step: int,
+    weights: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    *,
+    keep: int = KEEP,
+    world: World = ALONE,
 ) -> Path:
     """Write `root/step-…`, then delete all but the newest `keep`. Raises FinefitError; earlier ones stay whole.
 
     Later ones go too: they are torn, or of a course that was given up, and would otherwise count as the newest.
-    `state` may nest dicts, lists and tuples of tensors, numbers, strings and None.
+    `state` may nest dicts, lists and tuples of tensors, numbers, strings and None. Each rank gives what it saves; when
+    one fails, none has saved.
     """
     target = root / f"{_PREFIX}{step:06d}"
     aside = root / f"{_ASIDE}{target.name}"
-    try:
+
+    def begin() -> None:
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)
         aside.mkdir()
-        _write_files(aside, weights, state)
+
+    def commit() -> None:
+        _write_manifest(aside)
         if target.exists():
             _remove(target)
         aside.rename(target)
         sync(root, root.parent)
         for old in [p for p in _folders(root) if _step_of(p) > step] + _folders(root, step)[keep:]:
             _remove(old)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise FinefitError(f"can't write checkpoint {target}: {error}") from error
+
+    def write() -> None:
+        _write_files(_own_folder(aside, world.rank), weights, state)
+
+    for part, is_everyones in ((begin, False), (write, True), (commit, False)):
+        error = _failure(part) if world.is_first or is_everyones else None
+        why = world.first_word(None if error is None else str(error))
+        if why is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise FinefitError(f"can't write checkpoint {target}: {why}") from error
     return target
 
 
-def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint (None: there is none), and a line for each newer one that is torn."""
+def _failure(part: Callable[[], None]) -> Exception | None:
+    try:
+        part()
+    except (OSError, SafetensorError) as error:
+        return error
+    return None
+
+
+def _own_folder(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:04d}" if rank else folder
+
+
+def newest_checkpoint(root: Path, world: World = ALONE) -> tuple[Checkpoint | None, list[str]]:
+    """This rank's part of the newest whole checkpoint (None: there is none), and a line for each newer one that is torn.
+
+    The first rank alone reads all files to see what is whole, and alone gets the lines. Raises FinefitError where
+    another number of ranks wrote it.
+    """
+    step, notes = _newest_step(root) if world.is_first else (0, [])
+    step = round(world.total(step)[0])
+    return (_read(root / f"{_PREFIX}{step:06d}", world) if step else None), notes
+
+
+def _newest_step(root: Path) -> tuple[int, list[str]]:
+    """0: there is none."""
     notes: list[str] = []
     for folder in _folders(root):
         fault = _fault(folder)
         if fault is None:
-            return _read(folder), notes
+            return _step_of(folder), notes
         notes.append(f"checkpoint {folder.name} is torn ({fault}) and is skipped")
-    return None, notes
+    return 0, notes
 
 
 def load_weights(parameters: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
@@ -176,13 +218,18 @@ def unflatten(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def _write_files(folder: Path, weights: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
     store = TensorStore()
     plain = flatten(state, store)
     save_file({name: t.detach().contiguous() for name, t in weights.items()}, folder / WEIGHTS)
     save_file(store.tensors, folder / TENSORS)
     (folder / STATE).write_text(json.dumps(plain), encoding="utf-8")
-    entries = {name: _entry(folder / name) for name in (WEIGHTS, TENSORS, STATE)}
-    sync(*(folder / name for name in entries))
+    sync(*(folder / name for name in (WEIGHTS, TENSORS, STATE)), folder)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {path.relative_to(folder).as_posix(): _entry(path) for path in files}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps(entries, indent=1), encoding="utf-8")
     sync(manifest, folder)
@@ -198,7 +245,7 @@ def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, None when it is whole."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name in (WEIGHTS, TENSORS, STATE):
+        for name in {WEIGHTS: 0, TENSORS: 0, STATE: 0, **entries}:
             if (folder / name).stat().st_size != entries[name]["size"]:
                 return f"{name} has another size than its manifest says"
             if _entry(folder / name) != entries[name]:
@@ -210,14 +257,19 @@ def _fault(folder: Path) -> str | None:
     return None
 
 
-def _read(folder: Path) -> Checkpoint:
-    plain = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return Checkpoint(
-        path=folder,
-        step=_step_of(folder),
-        weights=load_file(folder / WEIGHTS),
-        state=unflatten(plain, load_file(folder / TENSORS)),
-    )
+def _read(folder: Path, world: World) -> Checkpoint:
+    own = _own_folder(folder, world.rank)
+    num_ranks = 1 + len(list(folder.glob("rank-*")))
+    if num_ranks != world.size:
+        raise FinefitError(
+            f"{folder} was written by {num_ranks} processes, and this run has {world.size}; choose another --out"
+        )
+    parts = [folder, own] if world.is_replica else [own]
+    state: dict[str, Any] = {}
+    for part in parts:
+        plain = json.loads((part / STATE).read_text(encoding="utf-8"))
+        state |= unflatten(plain, load_file(part / TENSORS))
+    return Checkpoint(path=folder, step=_step_of(folder), weights=load_file(parts[0] / WEIGHTS), state=state)
 
 
 def saved_steps(root: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -217,7 +218,11 @@ def train_command(
             eval_every_steps=eval_every,
             trust_remote_code=trust_remote_code,
         ).to_json()
-    click.echo(format_json(summary) if as_json else format_summary(summary, str(folder), terminal_width()))
+    # torchrun starts this command once per GPU
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(
+            format_json(summary) if as_json else format_summary(summary, str(folder), terminal_width())
+        )
 
 
 @click.command("hw", cls=SectionedCommand, epilog="Example: finefit hw")

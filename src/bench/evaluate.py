@@ -13,6 +13,7 @@ from bench.batching import collate, num_trained_tokens
 from bench.data import Example
 from bench.signals import StopRequestedError
 from bench.step import TrainStep
+from bench.world import ALONE, World
 from planner.packing import pack
 from planner.setup import TrainSetup
 
@@ -31,8 +32,10 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(step: TrainStep, examples: Sequence[Example], *, pad_id: int) -> Evaluation:
-    """The model's loss on `examples` (at least one) with the step's own loss and autocast.
+def evaluate(
+    step: TrainStep, examples: Sequence[Example], *, pad_id: int, world: World = ALONE
+) -> Evaluation:
+    """The model's loss on `examples` (at least one) with the step's own loss and autocast, shared by all ranks.
 
     Changes neither the model nor the random generators. Asks the step's `should_stop` between batches and
     raises StopRequestedError.
@@ -42,16 +45,21 @@ def evaluate(step: TrainStep, examples: Sequence[Example], *, pad_id: int) -> Ev
     step.model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            for rows in eval_rows(step.setup, examples):
+            batches = list(eval_rows(step.setup, examples))
+            for own in world.share(batches):
+                rows = own or batches[0]
                 batch = collate(rows, pad_id=pad_id, packing=step.setup.packing)
                 on_device = {name: tensor.to(step.device) for name, tensor in batch.items()}
-                total_loss += float(step.forward(on_device, 1))
-                num_trained += num_trained_tokens(rows)
+                loss = float(step.forward(on_device, 1))
+                if own is not None:
+                    total_loss += loss
+                    num_trained += num_trained_tokens(rows)
                 if step.should_stop():
                     raise StopRequestedError
     finally:
         step.model.train(was_training)
-    loss = total_loss / num_trained
+    total_loss, total_trained = world.total(total_loss, num_trained)
+    loss, num_trained = total_loss / total_trained, int(total_trained)
     return Evaluation(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,

@@ -24,10 +24,10 @@ IGNORE_INDEX = -100
 
 Batch = Mapping[str, torch.Tensor]
 Phase = Callable[[str], AbstractContextManager[Any]]
-Loss = Callable[[nn.Module, Batch, int, Phase], torch.Tensor]
+Loss = Callable[[nn.Module, Batch, float, Phase], torch.Tensor]
 
 
-def full_loss(model: nn.Module, batch: Batch, num_trained: int, phase: Phase) -> torch.Tensor:
+def full_loss(model: nn.Module, batch: Batch, num_trained: float, phase: Phase) -> torch.Tensor:
     """transformers' own loss over all logits, which exist as [T, V] in 16 and in 32 bits."""
     inner = inner_model(model)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -49,12 +49,12 @@ def _is_aligned(inner: Any) -> bool:
     return bool(inner.config.is_encoder_decoder)
 
 
-def chunked_loss(model: nn.Module, batch: Batch, num_trained: int, phase: Phase) -> torch.Tensor:
+def chunked_loss(model: nn.Module, batch: Batch, num_trained: float, phase: Phase) -> torch.Tensor:
     """The same value and gradients with the logits of `LOSS_CHUNK_TOKENS` tokens at a time."""
     return _head_loss(model, batch, phase, ChunkedCrossEntropy.apply, num_trained)
 
 
-def fused_loss(model: nn.Module, batch: Batch, num_trained: int, phase: Phase) -> torch.Tensor:
+def fused_loss(model: nn.Module, batch: Batch, num_trained: float, phase: Phase) -> torch.Tensor:
     """Liger's fused linear cross-entropy (CUDA). Raises MissingExtraError where Liger isn't installed."""
     return _head_loss(model, batch, phase, _liger_cross_entropy, num_trained)
 
@@ -63,7 +63,11 @@ LOSSES: dict[str, Loss] = {"full": full_loss, "chunked": chunked_loss, "fused": 
 
 
 def _head_loss(
-    model: nn.Module, batch: Batch, phase: Phase, cross_entropy: Callable[..., torch.Tensor], num_trained: int
+    model: nn.Module,
+    batch: Batch,
+    phase: Phase,
+    cross_entropy: Callable[..., torch.Tensor],
+    num_trained: float,
 ) -> torch.Tensor:
     inner = inner_model(model)
     head, softcap = plain_head(inner)
@@ -144,7 +148,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        num_trained: int,
+        num_trained: float,
         softcap: float | None,
         with_grad: bool,
     ) -> torch.Tensor:
@@ -230,7 +234,7 @@ class _Chunk:
         wide.mul_(self.softcap)
         return slope
 
-    def gradient(self, labels: torch.Tensor, num_trained: int) -> torch.Tensor:
+    def gradient(self, labels: torch.Tensor, num_trained: float) -> torch.Tensor:
         """d loss / d logits [n, V] of the last rows: (softmax - one-hot) / num_trained, 0 for untrained tokens."""
         weight = (labels != IGNORE_INDEX)[:, None] / num_trained
         grad = self._exp.mul_(weight / self._sum)
@@ -263,7 +267,7 @@ def _liger_cross_entropy(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
-    num_trained: int,
+    num_trained: float,
     softcap: float | None,
     with_grad: bool,
 ) -> torch.Tensor:

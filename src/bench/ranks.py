@@ -8,8 +8,9 @@ computes the loss, so that whatever reads the weights runs inside the wrapper's 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bench.build import inner_model, torch_dtype, trained_parameters
 from bench.loss import LOSSES, Batch, Loss, Phase
 from bench.optim import build_optimizer
-from bench.step import TrainStep, no_phase
+from bench.step import StepResult, TrainStep
 from planner.errors import MissingExtraError, NotModelledError
 from planner.export import deepspeed as deepspeed_config
 from planner.setup import TrainSetup
@@ -42,23 +43,21 @@ class LossModule(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, batch: Batch, num_trained: int, phase: Phase) -> torch.Tensor:
+    def forward(self, batch: Batch, num_trained: float, phase: Phase) -> torch.Tensor:
         """The loss of one micro-batch: see bench.loss."""
         return self.loss(self.model, batch, num_trained, phase)
 
 
-def wrapped_loss(model: nn.Module, batch: Batch, num_trained: int, phase: Phase) -> torch.Tensor:
+def wrapped_loss(model: nn.Module, batch: Batch, num_trained: float, phase: Phase) -> torch.Tensor:
     """The loss of a wrapped LossModule."""
     loss: torch.Tensor = model(batch, num_trained, phase)
     return loss
 
 
-def rank_step(
-    setup: TrainSetup, model: nn.Module, *, loss: Loss | None = None, phase: Phase = no_phase
-) -> TrainStep:
+def rank_step(setup: TrainSetup, model: nn.Module, *, loss: Loss | None = None, **options: Any) -> TrainStep:
     """This rank's training step. The model's weights must be on the rank's device; they are sharded in place.
 
-    `loss` replaces that of the setup. Raises NotModelledError for a sharding that has no wrapper here, AssertionError
+    `loss` replaces that of the setup; `options` are TrainStep's. Raises NotModelledError for a sharding that has no wrapper here, AssertionError
     where the process group has another size than the setup asks for.
     """
     assert dist.get_world_size() == setup.num_gpus, f"{dist.get_world_size()} processes for {setup.num_gpus}"
@@ -67,14 +66,24 @@ def rank_step(
         raise NotModelledError(
             f"sharding: {setup.sharding} can't be run here; {', '.join(sorted(_WRAPPERS))} can"
         )
-    return wrap(setup, LossModule(model, loss or LOSSES[setup.loss]), phase)
+    return wrap(setup, LossModule(model, loss or LOSSES[setup.loss]), options)
 
 
 class _RankStep(TrainStep):
-    """A step whose model exchanges gradients itself, in the last backward of a global batch only.
+    """A step whose model averages gradients over the ranks itself, in the last backward of a global batch only.
 
     That is what accelerate does unless it is told `sync_each_batch` (Accelerator.no_sync).
     """
+
+    def __call__(self, micro_batches: Sequence[Batch], *, num_trained_tokens: float) -> StepResult:
+        """Train on this rank's micro-batches; `num_trained_tokens` counts all ranks'. The loss is all ranks', too."""
+        size = dist.get_world_size()
+        result = super().__call__(micro_batches, num_trained_tokens=num_trained_tokens / size)
+        dist.all_reduce(result.loss)
+        norm = result.grad_norm
+        if norm is not None and hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        return replace(result, loss=result.loss / size, grad_norm=norm)
 
     def exchange(self, is_last: bool) -> AbstractContextManager[Any]:
         """Around each micro-batch: gradients of all but the last stay this rank's, and whole."""
@@ -85,26 +94,26 @@ class _RankStep(TrainStep):
         return silence
 
 
-def _step(setup: TrainSetup, wrapped: nn.Module, phase: Phase) -> TrainStep:
-    step = _RankStep(setup, wrapped, build_optimizer(setup, wrapped), phase=phase)
+def _step(setup: TrainSetup, wrapped: nn.Module, options: Mapping[str, Any]) -> TrainStep:
+    step = _RankStep(setup, wrapped, build_optimizer(setup, wrapped), **options)
     step.loss = wrapped_loss
     return step
 
 
-def _ddp_step(setup: TrainSetup, module: LossModule, phase: Phase) -> TrainStep:
+def _ddp_step(setup: TrainSetup, module: LossModule, options: Mapping[str, Any]) -> TrainStep:
     """DDP with its defaults, which are accelerate's (DistributedDataParallelKwargs): buckets beside the gradients."""
-    return _step(setup, DistributedDataParallel(module), phase)
+    return _step(setup, DistributedDataParallel(module), options)
 
 
 # --- FSDP2, in the groups of accelerate.utils.fsdp_utils.fsdp2_prepare_model (accelerate 1.15)
 
 
-def _fsdp_step(setup: TrainSetup, module: LossModule, phase: Phase) -> TrainStep:
+def _fsdp_step(setup: TrainSetup, module: LossModule, options: Mapping[str, Any]) -> TrainStep:
     if setup.autocast is not None:
         _upcast_trained(module)
     shard_groups(setup, module)
     assert isinstance(module, FSDPModule)
-    return _step(setup, module, phase)
+    return _step(setup, module, options)
 
 
 def _upcast_trained(module: nn.Module) -> None:
@@ -166,7 +175,7 @@ def _final_norm(inner: Any) -> nn.Module | None:
 # --- DeepSpeed's ZeRO stages, with the configuration that finefit exports
 
 
-class _EngineStep(TrainStep):
+class _EngineStep(_RankStep):
     """A step whose backward, clipping and update are the engine's.
 
     As under accelerate (DeepSpeedEngineWrapper) the engine is told which micro-batch is the last one, and steps once.
@@ -177,7 +186,7 @@ class _EngineStep(TrainStep):
         self.model.set_gradient_accumulation_boundary(is_boundary=is_last)
         return nullcontext()
 
-    def micro_step(self, batch: Batch, num_trained_tokens: int) -> torch.Tensor:
+    def micro_step(self, batch: Batch, num_trained_tokens: float) -> torch.Tensor:
         """Forward, loss and backward of one micro-batch."""
         loss = self.forward(batch, num_trained_tokens)
         with self.phase("backward"):
@@ -192,7 +201,7 @@ class _EngineStep(TrainStep):
         return None if norm is None else torch.as_tensor(norm)
 
 
-def _zero_step(setup: TrainSetup, module: LossModule, phase: Phase) -> TrainStep:
+def _zero_step(setup: TrainSetup, module: LossModule, options: Mapping[str, Any]) -> TrainStep:
     """Raises MissingExtraError without DeepSpeed, NotModelledError for an optimizer that its config can't name."""
     if setup.optimizer not in deepspeed_config.ADAMW:
         raise NotModelledError(f"optimizer: {setup.optimizer} can't be run under DeepSpeed here; use adamw")
@@ -206,12 +215,12 @@ def _zero_step(setup: TrainSetup, module: LossModule, phase: Phase) -> TrainStep
     stage = deepspeed_config.STAGES[setup.sharding]
     assert engine.zero_optimization_stage() == stage, f"stage {engine.zero_optimization_stage()}"
     assert engine.world_size == setup.num_gpus, f"{engine.world_size} processes for {setup.num_gpus}"
-    step = _EngineStep(setup, engine, optimizer, phase=phase)
+    step = _EngineStep(setup, engine, optimizer, **options)
     step.loss = wrapped_loss
     return step
 
 
-_WRAPPERS: dict[str, Callable[[TrainSetup, LossModule, Phase], TrainStep]] = {
+_WRAPPERS: dict[str, Callable[[TrainSetup, LossModule, Mapping[str, Any]], TrainStep]] = {
     "ddp": _ddp_step,
     "fsdp": _fsdp_step,
     "zero1": _zero_step,

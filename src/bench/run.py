@@ -26,11 +26,12 @@ from bench.checkpoint import (
 )
 from bench.evaluate import evaluate
 from bench.metrics import MetricsLog, Progress, memory_now
-from bench.optim import build_optimizer, build_schedule
+from bench.optim import build_schedule
 from bench.rundata import RunData, StepBatch
 from bench.runfolder import RunFolder
 from bench.signals import StopFlag, StopRequestedError
-from bench.step import StepResult, TrainStep
+from bench.step import StepResult
+from bench.world import ALONE, World
 from planner.errors import FinefitError, InterruptedRunError
 from planner.methods import find_method
 from planner.optimizers import find_optimizer
@@ -76,22 +77,23 @@ class Run:
         progress: bool = True,
         save_every_steps: int | None = None,
         eval_every_steps: int | None = None,
+        world: World = ALONE,
     ) -> None:
         self.setup, self.folder, self.data = data.setup, folder, data
         self.model, self.tokenizer, self.stop = model, tokenizer, stop
         self.num_steps = data.num_steps
         self.save_every_steps = save_every_steps or math.ceil(self.num_steps / SAVES_PER_RUN)
         self.eval_every_steps = eval_every_steps
-        self.is_shown = progress
-        self.optimizer = build_optimizer(self.setup, model)
-        self.train_step = TrainStep(
+        self.world = world
+        self.is_shown = progress and world.is_first
+        self.train_step = world.build_step(
             self.setup,
             model,
-            self.optimizer,
             schedule=build_schedule(self.setup, self.num_steps),
             should_stop=stop,
             on_gradients=self._check_gradients,
         )
+        self.optimizer = self.train_step.optimizer
         self.device = self.train_step.device
         self.log = MetricsLog(folder.metrics)
         self.state = RunState()
@@ -102,7 +104,8 @@ class Run:
     def execute(self) -> None:
         """Train to the end. Raises InterruptedRunError after a stop, FinefitError when the loss is no number."""
         self._restore()
-        check_disk(self.folder.root, self._needed_bytes())
+        if self.world.is_first:
+            check_disk(self.folder.root, self._needed_bytes())
         self.progress = Progress(self.num_steps, self.state.step, self.is_shown)
         if self.resumed_from is not None:
             self.progress.say(f"going on after step {self.resumed_from} of {self.num_steps}")
@@ -125,7 +128,7 @@ class Run:
             self._evaluate_if_due()
 
     def _take_step(self) -> None:
-        batch = self.data.step_batch(self.state.step, self.device)
+        batch = self.data.step_batch(self.state.step, self.device, self.world)
         started = time.perf_counter()
         result = self.train_step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
         loss = float(result.loss)
@@ -141,7 +144,7 @@ class Run:
     def _record(self, batch: StepBatch, result: StepResult, loss: float, step_s: float) -> None:
         grad_norm = None if result.grad_norm is None else float(result.grad_norm)
         tokens_per_s = batch.num_tokens / step_s
-        self.log.write(
+        self._log(
             "step",
             {
                 "step": self.state.step,
@@ -161,6 +164,10 @@ class Run:
             raise FinefitError(self._divergence(loss, grad_norm, result.learning_rate))
         self.progress.step(self.state.step, loss, tokens_per_s, step_s)
 
+    def _log(self, kind: str, values: Mapping[str, Any]) -> None:
+        if self.world.is_first:
+            self.log.write(kind, values)
+
     def _divergence(self, loss: float, grad_norm: float | None, learning_rate: float) -> str:
         saved = "no checkpoint was written" if self.saved_step is None else f"step {self.saved_step} is saved"
         return (
@@ -176,14 +183,17 @@ class Run:
             return
         if self.data.held_out and all(e["step"] != step for e in self.state.evaluations):
             self.progress.say(f"evaluating {len(self.data.held_out)} held-out examples")
-            evaluation = evaluate(self.train_step, self.data.held_out, pad_id=self.data.pad_id)
+            evaluation = evaluate(
+                self.train_step, self.data.held_out, pad_id=self.data.pad_id, world=self.world
+            )
             entry = {"step": step, **evaluation.to_dict()}
             self.state.evaluations.append(entry)
-            self.log.write("eval", entry)
+            self._log("eval", entry)
             self.progress.say(
                 f"held out after step {step}: loss {evaluation.loss:.3f}, perplexity {evaluation.perplexity:.2f}"
             )
-        if edge and edge not in self.state.samples:
+        # Ranks that hold parts of a model would have to answer in step.
+        if edge and edge not in self.state.samples and self.world.size == 1:
             prompts = self.data.held_out or self.data.train
             samples = sample_answers(self.model, self.tokenizer, prompts, should_stop=self.stop)
             self.state.samples[edge] = [sample.to_dict() for sample in samples]
@@ -199,16 +209,20 @@ class Run:
         may_be_zero = (*method.zero_at_first, ".experts.")
         for name, parameter in trained_parameters(model).items():
             is_free = any(part in name for part in may_be_zero)
-            is_dead = parameter.grad is None or not (is_free or bool(parameter.grad.any()))
+            gradient = None if parameter.grad is None else self.world.whole(parameter.grad)
+            is_dead = gradient is None or not (is_free or bool(gradient.any()))
             if is_dead:
                 raise FinefitError(f"the adapter tensor {name} gets no gradient: it would stay untrained")
 
     def _save(self) -> None:
-        weights = drawn_parameters(self.setup, self.model)
-        state = self._state_tree()
-        check_disk(self.folder.root, tensor_bytes(weights) + tensor_bytes(state))
-        self.log.sync()
-        save_checkpoint(self.folder.checkpoints, self.state.step, weights, state)
+        weights, state = self.world.own(self._drawn()), self.world.pack(self._state_tree())
+        if self.world.is_replica:
+            weights, state = {}, {"random": self.random}
+        own_bytes = float(tensor_bytes(weights) + tensor_bytes(state))
+        check_disk(self.folder.root, round(self.world.total(own_bytes)[0]))
+        if self.world.is_first:
+            self.log.sync()
+        save_checkpoint(self.folder.checkpoints, self.state.step, weights, state, world=self.world)
         self.saved_step = self.state.step
 
     def _state_tree(self) -> dict[str, Any]:
@@ -223,13 +237,15 @@ class Run:
 
     def _restore(self) -> None:
         """Take over the newest whole checkpoint, and drop the metrics of steps that are taken again."""
-        checkpoint, notes = newest_checkpoint(self.folder.checkpoints)
+        checkpoint, notes = newest_checkpoint(self.folder.checkpoints, self.world)
         if notes and checkpoint is None:
             notes.append("no checkpoint is whole: the run starts again")
         self.folder.note(*notes)
         if checkpoint is not None:
             self._take_over(checkpoint)
         kept = {e["step"] for e in self.state.evaluations}
+        if not self.world.is_first:
+            return
         num_torn = self.log.keep(
             lambda e: e["step"] <= self.state.step if e["kind"] == "step" else e["step"] in kept
         )
@@ -237,13 +253,13 @@ class Run:
             self.folder.note(f"{self.log.path.name}: {num_torn} torn lines are left out")
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
+        state = self.world.unpack(checkpoint.state)
         if state["data_sha256"] != self.data.sha256 and not self.folder.allow_changes:
             raise FinefitError(
                 f"{self.setup.data} is not what it was when {checkpoint.path} was written; put the old data back, "
                 "choose another --out, or allow the changes"
             )
-        load_weights(drawn_parameters(self.setup, self.model), checkpoint.weights)
+        load_weights(self.world.own(self._drawn()), checkpoint.weights)
         try:
             self.optimizer.load_state_dict(_mutable(state["optimizer"]))
             if self.train_step.scaler is not None and state["scaler"]:
@@ -270,6 +286,14 @@ class Run:
         raise InterruptedRunError(
             f"stopped by {name} after step {self.state.step} of {self.num_steps}; the same command resumes"
         )
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """What the run has made, gathered on the host; every rank must ask."""
+        return {name: self.world.whole(p) for name, p in self._drawn().items()}
+
+    def _drawn(self) -> dict[str, torch.nn.Parameter]:
+        self.world.split_again()
+        return drawn_parameters(self.setup, self.model)
 
     def _needed_bytes(self) -> int:
         """Disk: the checkpoints that stay, the one being written, and the final adapter or model."""

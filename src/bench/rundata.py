@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.batching import BatchPlan, collate, num_real_tokens, num_trained_tokens
-from bench.data import Example, TokenFacts, extra_readers, split
+from bench.data import IGNORE_INDEX, Example, TokenFacts, extra_readers, split
 from bench.data_audit import (
     ANSWERED,
     embedding_rows,
@@ -22,6 +22,7 @@ from bench.data_audit import (
     stop_at,
 )
 from bench.token_cache import tokenize_file
+from bench.world import ALONE, World
 from planner.dataset import Row, Source
 from planner.errors import DataError, SetupError
 from planner.setup import TrainSetup
@@ -55,14 +56,22 @@ class RunData:
             return self.setup.max_steps
         return max(1, math.ceil(self.setup.epochs * self.batches.num_steps_per_epoch))
 
-    def step_batch(self, step: int, device: torch.device) -> StepBatch:
-        """The global batch of optimizer step `step`, counted from 0; the same at every call.
+    def step_batch(self, step: int, device: torch.device, world: World = ALONE) -> StepBatch:
+        """The global batch of optimizer step `step`, counted from 0, with this rank's micro-batches of it; the same at
+        every call. A rank that is one short takes the first once more, without labels.
 
         Rows are padded to the longest of their micro-batch; compiled layers need one shape, `seq_len`.
         """
         rows = self.batches.step_rows(self.train, step)
         seq_len = self.setup.seq_len if self.setup.compile else None
-        collated = [collate(r, pad_id=self.pad_id, seq_len=seq_len, packing=self.setup.packing) for r in rows]
+        own = world.share(rows)
+        collated = [
+            collate(r or rows[0], pad_id=self.pad_id, seq_len=seq_len, packing=self.setup.packing)
+            for r in own
+        ]
+        for batch, micro_rows in zip(collated, own, strict=True):
+            if micro_rows is None:
+                batch["labels"].fill_(IGNORE_INDEX)
         return StepBatch(
             micro_batches=[{name: t.to(device) for name, t in batch.items()} for batch in collated],
             num_tokens=sum(map(num_real_tokens, rows)),
@@ -103,7 +112,7 @@ def plan_batches(setup: TrainSetup, train: Sequence[Example]) -> BatchPlan:
         seq_len=setup.seq_len,
         packing=setup.packing,
         micro_batch_size=setup.micro_batch_size,
-        grad_accum_steps=setup.grad_accum_steps,
+        grad_accum_steps=setup.grad_accum_steps * setup.num_gpus,
         seed=setup.seed,
     )
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -20,8 +20,10 @@ class StopFlag:
     """While entered, the first SIGTERM or SIGINT only sets the flag; a second SIGINT interrupts at once.
 
     The handlers before it come back on exit. Outside the main thread, where Python allows no handlers, it stays
-    unset.
+    unset. `elsewhere` is what another rank of the run is taken to have received.
     """
+
+    elsewhere = signal.SIGTERM
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -50,7 +52,7 @@ class StopFlag:
         if self.received is not None:
             raise StopRequestedError
 
-    def __enter__(self) -> StopFlag:
+    def __enter__(self) -> Self:
         """Take the signals over."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}

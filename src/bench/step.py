@@ -72,7 +72,7 @@ class TrainStep:
         self.loss = LOSSES[setup.loss]
         self.scaler = torch.amp.GradScaler(self.device.type) if _needs_scaler(setup) else None
 
-    def __call__(self, micro_batches: Sequence[Batch], *, num_trained_tokens: int) -> StepResult:
+    def __call__(self, micro_batches: Sequence[Batch], *, num_trained_tokens: float) -> StepResult:
         """Train on the micro-batches, already on the device; `num_trained_tokens` counts all their trained tokens.
 
         Raises StopRequestedError between micro-batches, with the partial gradients thrown away and the model
@@ -95,14 +95,14 @@ class TrainStep:
         """Entered around each micro-batch; several ranks exchange gradients in the last one only."""
         return nullcontext()
 
-    def micro_step(self, batch: Batch, num_trained_tokens: int) -> torch.Tensor:
+    def micro_step(self, batch: Batch, num_trained_tokens: float) -> torch.Tensor:
         """Forward, loss and backward of one micro-batch: its share of the step's loss, detached."""
         loss = self.forward(batch, num_trained_tokens)
         with self.phase("backward"):
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach()
 
-    def forward(self, batch: Batch, num_trained_tokens: int) -> torch.Tensor:
+    def forward(self, batch: Batch, num_trained_tokens: float) -> torch.Tensor:
         """The loss of one micro-batch; evaluation uses it under no_grad."""
         with autocast(self.setup, self.device):
             return self.loss(self.model, batch, num_trained_tokens, self.phase)

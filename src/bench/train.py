@@ -7,27 +7,31 @@ of a run that was never stopped.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from bench.artifact import verify_artifact, write_artifact
+from bench.artifact import verify_artifact, verify_weights, write_artifact
 from bench.build import AUTO_CLASSES, build_model, check_runnable, inner_model
 from bench.checkpoint import saved_steps
 from bench.data import check_vocabulary
+from bench.launch import LostPeerError, PassedOnStop, is_rank, run_ranks
 from bench.loss import check_head
 from bench.metrics import memory_peaks
 from bench.quiet import quiet_libraries
+from bench.rank_laws import check_ranks
 from bench.remote_code import trust_code
 from bench.run import Run, UnsavedRunError
 from bench.rundata import RunData, load_run_data
 from bench.runfolder import RunFolder
 from bench.signals import StopFlag, StopRequestedError
 from bench.weights import load_tokenizer, local_model
+from bench.world import SharedStop, World, joined, own_device
 from planner.errors import FinefitError, InterruptedRunError
 from planner.planfile import PlanFile
 from planner.setup import TrainSetup
@@ -98,23 +102,87 @@ def train(
     """
     plan = PlanFile(setup=plan) if isinstance(plan, TrainSetup) else plan
     quiet_libraries()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_ranks(plan.setup, place, is_rank=is_rank())
     check_runnable(plan.setup, place)
-    with StopFlag() as stop, RunFolder(out_dir, plan, resume=resume, allow_changes=allow_changes) as folder:
+    options = _Options(place, progress, save_every_steps, eval_every_steps, trust_remote_code)
+    folder = RunFolder(out_dir, plan, resume=resume, allow_changes=allow_changes)
+    if plan.setup.num_gpus > 1 and not is_rank():
+        return _start_ranks(plan, folder, options)
+    with StopFlag() as stop, joined(plan.setup) as world, entered(folder, world):
+        finished = _finished(folder) if world.is_first else None
+        if world.any(finished is not None):
+            return finished or RunSummary(**folder.read_summary() or {})
+        return _run(plan, folder, options, world, stop)
+
+
+class _Options(NamedTuple):
+    """What of train's arguments every rank needs."""
+
+    device: str
+    progress: bool
+    save_every_steps: int | None
+    eval_every_steps: int | None
+    trust_remote_code: bool
+
+
+def _start_ranks(plan: PlanFile, folder: RunFolder, options: _Options) -> RunSummary:
+    """Run all ranks from here, where the folder stays locked."""
+    with PassedOnStop() as stop, folder:
         finished = _finished(folder)
         if finished is not None:
             return finished
-        folder.note(*setup_notes(plan.setup))
-        if trust_remote_code:
-            trust_code(plan.setup, AUTO_CLASSES[plan.setup.objective])
+        values = {"setup": plan.setup.to_dict(), "gpu": plan.gpu, "predicted": dict(plan.predicted)}
+        place = (folder.root, folder.allow_changes, list(folder.notes))
         try:
-            with stop.at_once():
-                run = _prepare(plan.setup, folder, place, stop, progress, save_every_steps, eval_every_steps)
-            run.execute()
-            with stop.at_once():
-                return _finish(run, plan)
+            run_ranks(stop, plan.setup.num_gpus, _run_rank, values, place, options)
         except StopRequestedError:
             raise _stopped(folder, stop) from None
+        return RunSummary(**folder.read_summary() or {})
+
+
+def _run_rank(values: dict[str, Any], place: tuple[Path, bool, list[str]], options: _Options) -> None:
+    """One of several ranks; the process that started them has locked the folder and settled its plan."""
+    with StopFlag() as stop:
+        quiet_libraries()
+        plan = PlanFile(**{**values, "setup": TrainSetup(**values["setup"])})
+        root, allow_changes, notes = place
+        folder = RunFolder(root, plan, allow_changes=allow_changes)
+        folder.notes += notes
+        with joined(plan.setup) as world:
+            _run(plan, folder, options, world, stop)
+
+
+@contextmanager
+def entered(folder: RunFolder, world: World) -> Iterator[None]:
+    """The first rank locks the folder and settles its plan for all, which end with it if it can't."""
+    with ExitStack() as stack:
+        refusal = None
+        try:
+            if world.is_first:
+                stack.enter_context(folder)
+        except FinefitError as error:
+            refusal = error
+        if world.any(refusal is not None):
+            raise refusal or LostPeerError("the first rank can't use the folder; see its message")
+        yield
+
+
+def _run(plan: PlanFile, folder: RunFolder, options: _Options, world: World, stop: StopFlag) -> RunSummary:
+    """Train and leave the artifact and the summary, which every rank returns."""
+    setup = plan.setup
+    if world.is_first:
+        folder.note(*setup_notes(setup))
+    if options.trust_remote_code:
+        trust_code(setup, AUTO_CLASSES[setup.objective])
+    try:
+        with stop.at_once():
+            run = _prepare(setup, folder, own_device(options.device), options, world, stop)
+        run.execute()
+        with stop.at_once():
+            return _finish(run, plan)
+    except StopRequestedError:
+        raise _stopped(folder, stop) from None
 
 
 def _finished(folder: RunFolder) -> RunSummary | None:
@@ -132,12 +200,19 @@ def _finished(folder: RunFolder) -> RunSummary | None:
 
 
 def _finish(run: Run, plan: PlanFile) -> RunSummary:
-    """What the run leaves for use. The last step is saved, so a stop loses nothing here."""
-    artifact = write_artifact(plan.setup, run.model, run.tokenizer, run.folder.root)
-    verify_artifact(plan.setup, run.model, artifact, _probe(run.data, run.device))
-    summary = _summarise(run, plan, artifact)
-    run.folder.write_summary(summary.to_json())
-    return summary
+    """What the run leaves for use, written and read back by the first rank. The last step is saved, so a stop loses
+    nothing here.
+    """
+    weights = run.whole_weights() if run.world.splits_weights else None
+    if run.world.is_first:
+        artifact = write_artifact(plan.setup, run.model, run.tokenizer, run.folder.root, weights)
+        if weights is None:
+            verify_artifact(plan.setup, run.model, artifact, _probe(run.data, run.device))
+        else:
+            verify_weights(plan.setup, run.model, artifact, weights)
+        run.folder.write_summary(_summarise(run, plan, artifact).to_json())
+    run.world.wait()
+    return RunSummary(**run.folder.read_summary() or {})
 
 
 def _stopped(folder: RunFolder, stop: StopFlag) -> FinefitError:
@@ -163,14 +238,14 @@ def _prepare(
     setup: TrainSetup,
     folder: RunFolder,
     device: torch.device,
+    options: _Options,
+    world: World,
     stop: StopFlag,
-    progress: bool,
-    save_every_steps: int | None,
-    eval_every_steps: int | None,
 ) -> Run:
     """Data first, because its faults are found in seconds; then the model."""
     tokenizer = load_tokenizer(setup)
-    data = load_run_data(setup, tokenizer)
+    with world.in_turn():
+        data = load_run_data(setup, tokenizer)
     model = build_model(setup, weights=_weights(setup), device=device)
     check_vocabulary(tokenizer, inner_model(model).get_input_embeddings().num_embeddings)
     if setup.loss != "full":
@@ -180,10 +255,11 @@ def _prepare(
         data,
         model,
         tokenizer,
-        stop=stop,
-        progress=progress,
-        save_every_steps=save_every_steps,
-        eval_every_steps=eval_every_steps,
+        stop=stop if world.size == 1 else SharedStop(world, stop),
+        progress=options.progress,
+        save_every_steps=options.save_every_steps,
+        eval_every_steps=options.eval_every_steps,
+        world=world,
     )
 
 

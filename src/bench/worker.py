@@ -116,7 +116,9 @@ class Worker:
         from bench import checkpoint, evaluate, rundata  # noqa: F401
         from bench.build import check_runnable
         from bench.meters import CudaCounter, LiveTensors, describe_device
+        from bench.rank_laws import check_one_process
 
+        check_one_process(self.setup)
         self.device = torch.device(self.job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_runnable(self.setup, self.device)
         self.live = None if self.device.type == "cuda" else LiveTensors()

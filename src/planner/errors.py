@@ -18,13 +18,25 @@ FinefitError                 1   anything that is wrong outside the command line
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class FinefitError(Exception):
     """Root of all errors shown to a user as one line: what is wrong, where, what to do."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors travel between the processes of a run; most are made of other words than those they show."""
+        return _restored, (type(self), self.args, vars(self))
+
+
+def _restored(kind: type[FinefitError], words: tuple[Any, ...], values: Mapping[str, Any]) -> FinefitError:
+    error = kind.__new__(kind)
+    error.args = words
+    vars(error).update(values)
+    return error
 
 
 class UsageError(FinefitError):

@@ -70,7 +70,7 @@ def stack_attention(setup: TrainSetup, family: str) -> Iterator[None]:
 
 
 def trainer_loss(
-    model: nn.Module, batch: Batch, num_trained: int, phase: Phase, *, widens: bool = False
+    model: nn.Module, batch: Batch, num_trained: float, phase: Phase, *, widens: bool = False
 ) -> torch.Tensor:
     """The loss inside the model's forward, whose last hidden state is alive beside the logits.
 
@@ -90,7 +90,7 @@ def trainer_loss(
     return loss
 
 
-def own_loss(model: nn.Module, batch: Batch, num_trained: int, phase: Phase) -> torch.Tensor:
+def own_loss(model: nn.Module, batch: Batch, num_trained: float, phase: Phase) -> torch.Tensor:
     """Granite's: scaled logits, whose 16-bit form is gone once the float32 one exists."""
     inner = inner_model(model)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}

@@ -1,0 +1,174 @@
+"""`train` on several ranks: real processes (CPU, gloo) against one process with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench.train import RunSummary, train
+from planner.errors import InterruptedRunError, NotModelledError
+from planner.planfile import write_plan
+from planner.setup import TrainSetup
+from tiny_llama import save_tiny_model, tiny_setup, write_rows
+
+pytestmark = [pytest.mark.train, pytest.mark.slow]
+
+NUM_STEPS = 4
+NUM_STOPPED_STEPS = 60
+SHARDINGS = ("ddp", "fsdp")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/ and rows.jsonl; 18 rows train, so an epoch ends with half a global batch of 8."""
+    folder = tmp_path_factory.mktemp("tiny-ranks")
+    save_tiny_model(folder / "model")
+    write_rows(folder / "rows.jsonl", 20)
+    return folder
+
+
+def plan_of(tiny: Path, **changes: Any) -> TrainSetup:
+    values = {
+        "model": str(tiny / "model"),
+        "data": str(tiny / "rows.jsonl"),
+        "from_scratch": False,
+        "seq_len": 64,
+        "micro_batch_size": 2,
+        "grad_accum_steps": 2,
+        "eval_fraction": 0.1,
+        "max_steps": NUM_STEPS,
+        "num_gpus": 2,
+    }
+    return tiny_setup(**{**values, **changes})
+
+
+def quiet_train(setup: TrainSetup, folder: Path) -> RunSummary:
+    return train(setup, folder, progress=False, device="cpu", save_every_steps=2)
+
+
+def losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in lines if entry["kind"] == "step"]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    (artifact,) = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
+    return load_file(artifact)
+
+
+@pytest.mark.parametrize(("sharding", "method"), [("ddp", "lora"), ("fsdp", "full"), ("fsdp", "lora")])
+def test_two_ranks_train_as_one_process_with_the_same_global_batch(tiny, tmp_path, sharding, method):
+    alone = quiet_train(plan_of(tiny, num_gpus=1, grad_accum_steps=4, method=method), tmp_path / "one")
+    ranks = quiet_train(plan_of(tiny, sharding=sharding, method=method), tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert ranks.num_tokens == alone.num_tokens
+    for when in ("eval_before", "eval_after"):
+        assert getattr(ranks, when)["loss"] == pytest.approx(getattr(alone, when)["loss"], rel=1e-4)
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+FINEFIT = (sys.executable, "-c", "import sys; from bench.cli import main; sys.exit(main())")
+
+
+def command_of(setup: TrainSetup, folder: Path) -> list[str]:
+    """The command that trains in folder/run, saved at its end only unless it is stopped."""
+    write_plan(folder / "plan.yaml", setup, "local", {})
+    options = ["--device", "cpu", "--out", str(folder / "run"), "--save-every", "1000"]
+    return [*FINEFIT, "train", str(folder / "plan.yaml"), *options]
+
+
+def started(command: list[str], out: Path) -> subprocess.Popen[str]:
+    """The command's process, some steps into its run."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").exists() and len(losses(out)) >= 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks that a run has started, oldest first: spawned by multiprocessing, so not its resource tracker."""
+    ranks = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    return sorted(ranks, key=lambda p: p.create_time())
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    """Exit code and what isn't progress on stderr."""
+    _, errors = process.communicate(timeout=120)
+    assert "Traceback" not in errors
+    return process.returncode, [line for line in errors.splitlines() if line.startswith("finefit: ")]
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_sigterm_on_one_rank_saves_on_all_and_the_same_command_goes_on_bit_for_bit(tiny, tmp_path, sharding):
+    setup = plan_of(tiny, sharding=sharding, method="full", max_steps=NUM_STOPPED_STEPS)
+    command, out = command_of(setup, tmp_path), tmp_path / "run"
+    process = started(command, out)
+    ranks_of(process)[-1].terminate()
+    code, lines = end_of(process)
+    assert code == InterruptedRunError.exit_code
+    assert len(lines) == 1 and "SIGTERM" in lines[0] and "resumes" in lines[0]
+    (saved,) = (out / "checkpoints").iterdir()
+    assert (saved / "rank-0001").is_dir()
+    assert saved.name == f"step-{len(losses(out)):06d}"
+    assert len(losses(out)) < NUM_STOPPED_STEPS
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    quiet_train(setup, tmp_path / "whole")
+    assert losses(out) == losses(tmp_path / "whole")
+    resumed, whole = weights_of(out), weights_of(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_rank_that_is_killed_ends_the_run_in_one_line(tiny, tmp_path):
+    process = started(command_of(plan_of(tiny, sharding="ddp", max_steps=1000), tmp_path), tmp_path / "run")
+    ranks = ranks_of(process)
+    ranks[-1].kill()
+    code, lines = end_of(process)
+    assert code == 1
+    assert len(lines) == 1 and "rank 1 was ended by SIGKILL" in lines[0]
+    assert not any(rank.is_running() for rank in ranks)
+
+
+def test_ranks_end_with_the_process_that_started_them(tiny, tmp_path):
+    process = started(command_of(plan_of(tiny, sharding="ddp", max_steps=1000), tmp_path), tmp_path / "run")
+    ranks = ranks_of(process)
+    process.kill()
+    process.communicate()
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+
+
+def test_torchrun_starts_the_ranks_as_well(tiny, tmp_path):
+    setup = plan_of(tiny, sharding="fsdp")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "--no-python", *command_of(setup, tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out loss") == 1
+    quiet_train(setup, tmp_path / "own")
+    assert losses(tmp_path / "run") == losses(tmp_path / "own")
+
+
+def test_what_ranks_cannot_do_is_refused_before_anything_is_written(tiny, tmp_path):
+    for changes, reason in (
+        ({"sharding": "fsdp1"}, "finefit export"),
+        ({"sharding": "device_map"}, "ddp and fsdp"),
+        ({"sharding": "fsdp", "optimizer": "lion-8bit"}, "shares"),
+        ({"sharding": "ddp", "num_nodes": 2}, "torchrun --nnodes 2 --nproc-per-node 1"),
+    ):
+        with pytest.raises(NotModelledError, match=reason):
+            quiet_train(plan_of(tiny, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
