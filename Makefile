@@ -11,7 +11,7 @@ OMP_WAIT_POLICY ?= passive
 export OMP_WAIT_POLICY
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow check format index reports bench clean
+.PHONY: help setup run test test-slow soak check format index reports bench clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: setup  ## all tests but the slow ones
 
 test-slow: setup  ## the slow tests: real models, the wheel, whole runs
 	$(PYTEST) -m slow
+
+soak: setup  ## hundreds of kills, stops and broken inputs of real runs (about ten minutes)
+	$(BIN)/python tests/soak.py --report reports/soak
 
 check: setup  ## format, lint, types, import rules, length limits
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format" >&2; exit 1; }

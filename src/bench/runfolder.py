@@ -38,6 +38,7 @@ class RunFolder:
         self.checkpoints = root / "checkpoints"
         self.summary = root / "summary.json"
         self.notes: list[str] = []
+        self._is_new = False
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> RunFolder:
@@ -45,6 +46,7 @@ class RunFolder:
         if self.root.exists() and not self.root.is_dir():
             raise UsageError(f"{self.root} is a file; choose another --out")
         self._refuse_foreign()
+        self._is_new = not self.root.exists()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = (self.root / _LOCK).open("a", encoding="utf-8")
@@ -63,9 +65,19 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let others in."""
-        if self._lock is not None:
-            self._lock.close()
+        """Let others in. A folder in which an error came before anything was trained goes as it came."""
+        if self._lock is None:
+            return
+        if error is not None and self._is_new:
+            self._remove_if_bare()
+        self._lock.close()
+
+    def _remove_if_bare(self) -> None:
+        """Another process may be at the door: the folder goes only while it holds nothing else."""
+        if {path.name for path in self.root.iterdir()} <= {_LOCK, self.plan_file.name}:
+            self.plan_file.unlink(missing_ok=True)
+            (self.root / _LOCK).unlink()
+            self.root.rmdir()
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a run that is finished, None while it isn't or where the file holds none (with a note)."""

@@ -1,0 +1,135 @@
+"""What a soak found, as Markdown and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+VERSIONS = ("torch", "transformers", "peft", "safetensors")
+
+
+def write_report(soak: Any, options: argparse.Namespace, seconds: float) -> str:
+    """The report's text; written with its figures where `--report` says."""
+    found = figures(soak, options, seconds)
+    text = report_text(found)
+    if options.report:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        options.report.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        options.report.with_suffix(".md").write_text(text)
+    return text
+
+
+def figures(soak: Any, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    asked = {name: value for name, value in vars(options).items() if name != "report"}
+    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asked.items())
+    return {
+        "command": f"python tests/soak.py {words}",
+        "asked": asked,
+        "seconds": round(seconds, 1),
+        "environment": {
+            "system": platform.platform(terse=True),
+            "machine": platform.machine(),
+            "processors": os.cpu_count(),
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in VERSIONS},
+        },
+        "failures": soak.failures,
+        "runs": soak.num_stories,
+        "resumes": soak.num_resumes,
+        "too_late": soak.num_too_late,
+        "kills": dict(soak.kills.most_common()),
+        "kills_in_saves": sum(n for phase, n in soak.kills.items() if phase.startswith("save")),
+        "stops": {name: dict(counts.most_common()) for name, counts in soak.stops.items()},
+        "exit_codes": dict(sorted(soak.codes.items())),
+        "obeyed_s": spread(soak.obeyed_s),
+        "recipes": dict(soak.recipes),
+        "fresh": dict(soak.fresh),
+        "broken_input": dict(soak.broken.most_common()),
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {"median": round(statistics.median(values), 3), "worst": round(max(values), 3)}
+
+
+def report_text(found: dict[str, Any]) -> str:
+    num_kills, num_stops = (
+        sum(found["kills"].values()),
+        {n: sum(c.values()) for n, c in found["stops"].items()},
+    )
+    failures = found["failures"]
+    lines = [
+        "# Soak: kills and stops of real runs",
+        "",
+        f"Made by `{found['command']}` (`make soak`).",
+        "",
+        "A run of eight steps of a tiny Llama, in four recipes, is killed or stopped again and again in the same folder until",
+        "it ends; then its losses, gradient norms, rates, evaluations, answers, the last checkpoint (weights, optimizer, random",
+        "generators) and the saved adapter or model are compared, bit for bit, with those of a run that nothing stopped. A",
+        "resumed life must also begin at or behind the last step that was reported as saved, and nothing may be left lying",
+        "about in the folder.",
+        "",
+        f"**{num_kills} SIGKILL, {found['kills_in_saves']} of them in saves; {num_stops['SIGTERM']} SIGTERM, "
+        f"{num_stops['SIGINT']} SIGINT; {found['resumes']} resumes in {found['runs']} runs: "
+        f"{len(failures) or 'no'} failure{'s' * (len(failures) != 1)}.**",
+        "",
+        "| where it hit | SIGKILL | SIGTERM | SIGINT |",
+        "|---|---|---|---|",
+    ]
+    columns = [found["kills"], found["stops"]["SIGTERM"], found["stops"]["SIGINT"]]
+    totals: Counter[str] = Counter()
+    for column in columns:
+        totals.update(column)
+    for phase, _ in totals.most_common():
+        lines.append(f"| {phase} | " + " | ".join(str(c.get(phase, "")) for c in columns) + " |")
+    obeyed = found["obeyed_s"]
+    lines += [
+        "",
+        f"{found['too_late']} more signals came when the run was over. "
+        "Exit codes of the stops: 33 where a checkpoint was there or could be written, 143 before anything was trained. "
+        + ", ".join(f"{name}, {number} times" for name, number in found["exit_codes"].items())
+        + (
+            f". From the signal to the end: median {obeyed['median']} s, at most {obeyed['worst']} s."
+            if obeyed
+            else "."
+        ),
+        "",
+        "Lives by recipe: "
+        + ", ".join(f"{name} {number}" for name, number in found["recipes"].items())
+        + ".",
+        "",
+    ]
+    if found["fresh"]:
+        lines += [
+            "Fresh `finefit train` processes, each resumed by the same command and compared in the same way:",
+            "",
+        ]
+        lines += [f"* {name}: {number}" for name, number in found["fresh"].items()]
+        lines.append("")
+    if found["broken_input"]:
+        lines += [
+            f"{found['asked']['plans']} broken plans through `train`, `estimate` and `export`, and {found['asked']['files']} broken training files",
+            "through `train` up to where it builds the model (`tests/broken_input.py` makes them). Each gave an answer or one line of",
+            "error, and an output folder that is whole or absent. How they ended (exit code):",
+            "",
+            ", ".join(f"{name} {number}" for name, number in found["broken_input"].items()) + ".",
+            "",
+        ]
+    lines += [f"* FAILURE {line}" for line in failures]
+    environment = ", ".join(f"{name} {value}" for name, value in found["environment"].items())
+    lines += [f"{found['seconds']:.0f} s; {environment}.", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report_text(json.loads(Path(sys.argv[1]).read_text())))
