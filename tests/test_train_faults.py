@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 from bench import run
 from bench import train as train_module
 from bench.checkpoint import newest_checkpoint
+from bench.metrics import MetricsLog
+from bench.runfolder import RunFolder
 from planner.errors import FinefitError, InterruptedRunError, UsageError
 from planner.setup import TrainSetup
 from whole_runs import assert_equal_runs, metrics, quiet_train, stop_at
@@ -159,3 +163,69 @@ def test_an_artifact_that_the_disk_cannot_hold_is_one_line(
             quiet_train(plan(max_steps=1), tmp_path / "run")
     assert not [p for p in (tmp_path / "run").iterdir() if "adapter" in p.name]
     assert quiet_train(plan(max_steps=1), tmp_path / "run").resumed_from == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fills_up(
+    patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, free_bytes: int, disk: Path
+) -> None:
+    """From the `call`-th call of `owner.name` on, the disk has so many bytes left."""
+    original = getattr(owner, name)
+    num_calls = 0
+
+    def full(*args: Any, **options: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == call:
+            (disk / "filler").write_bytes(b"x" * (shutil.disk_usage(disk).free - free_bytes))
+        return original(*args, **options)
+
+    patch.setattr(owner, name, full)
+
+
+FULL_AT = {
+    "first file of a checkpoint": (run, "save_checkpoint", 2, 0),
+    "later file of a checkpoint": (run, "save_checkpoint", 2, 150_000),
+    "end of a checkpoint": (run, "save_checkpoint", 2, 300_000),
+    "plan": (RunFolder, "_settle_plan", 1, 0),
+    "metrics": (MetricsLog, "write", 5, 0),
+    "result": (train_module, "write_artifact", 1, 0),
+    "summary": (RunFolder, "write_summary", 1, 0),
+}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [name if name.startswith("later") else pytest.param(name, marks=pytest.mark.slow) for name in FULL_AT],
+)
+def test_a_disk_that_fills_on_the_way_costs_only_what_was_being_written(
+    plan: Plan, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Behind each check of free space; a real file system of 3 MiB, as another program would fill it."""
+    setup, folder = plan(max_steps=6), small_disk / "run"
+    owner, name, call, free_bytes = FULL_AT[place]
+    with monkeypatch.context() as patch:
+        fills_up(patch, owner, name, call, free_bytes, small_disk)
+        with pytest.raises(FinefitError, match=r"No space left|the disk has") as caught:
+            quiet_train(setup, folder, save_every_steps=2)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in folder.rglob(".*") if p.name != ".lock"] == []
+    (small_disk / "filler").unlink()
+    resumed_from = quiet_train(setup, folder, save_every_steps=2).resumed_from
+    assert (
+        resumed_from
+        == {"checkpoint": 2, "plan": None, "metrics": 2, "result": 6, "summary": 6}[place.split()[-1]]
+    )
+    quiet_train(setup, tmp_path / "whole", save_every_steps=2)
+    assert_equal_runs(tmp_path / "whole", folder)
