@@ -42,13 +42,14 @@ ADDING = sorted(name for name, method in methods().items() if not method.trains_
 
 
 def small(config: str, method: str, **changes: Any) -> TrainSetup:
-    return tiny_setup(model=CONFIGS[config], method=method, **{"rank": 4, **changes})
+    return tiny_setup(model=CONFIGS[config], method=method, **{"rank": 4, "num_virtual_tokens": 3, **changes})
 
 
 @pytest.mark.parametrize("method", ADDING)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_trained_parameters_are_counted_exactly(config: str, method: str) -> None:
-    targets = ["q_proj", "v_proj"] if config == "mixtral" and not find_method(method).folds else "all-linear"
+    is_named = config == "mixtral" and find_method(method).has_rank and not find_method(method).folds
+    targets = ["q_proj", "v_proj"] if is_named else "all-linear"
     setup = small(config, method, targets=targets)
     try:
         counted = take_inventory(setup, resolve(setup)).trained_params
@@ -97,6 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, out: Path, method: str, **changes: Any) -> Any:
     plan = {"model": str(folder / "model"), "data": str(folder / "rows.jsonl"), "from_scratch": False}
     fixed = {"seq_len": 64, "rank": 4, "max_steps": 2, "eval_fraction": 0.0, "method": method}
+    fixed["num_virtual_tokens"] = 4
     return train(tiny_setup(**{**plan, **fixed, **changes}), out, progress=False)
 
 

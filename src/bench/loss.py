@@ -34,14 +34,21 @@ def full_loss(model: nn.Module, batch: Batch, num_trained: float, phase: Phase) 
     with phase("forward"):
         logits = model(**inputs, use_cache=False).logits
     with phase("loss"):
+        labels = _after_learned_tokens(batch["labels"], logits)
         loss: torch.Tensor = inner.loss_function(
             logits=logits,
-            labels=batch["labels"],
+            labels=labels,
             vocab_size=logits.shape[-1],
             num_items_in_batch=num_trained,
-            **({"shift_labels": batch["labels"]} if _is_aligned(inner) else {}),
+            **({"shift_labels": labels} if _is_aligned(inner) else {}),
         )
     return loss
+
+
+def _after_learned_tokens(labels: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Labels [B, T] for outputs [B, n + T, ...]: the n tokens that a method has put ahead of each row give no loss."""
+    num_ahead = outputs.shape[1] - labels.shape[1]
+    return functional.pad(labels, (num_ahead, 0), value=IGNORE_INDEX) if num_ahead else labels
 
 
 def _is_aligned(inner: Any) -> bool:
@@ -73,9 +80,9 @@ def _head_loss(
     head, softcap = plain_head(inner)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with phase("forward"):
-        hidden = _last_hidden(inner, head, inputs)
+        hidden = _last_hidden(model, head, inputs)
     with phase("loss"):
-        labels = batch["labels"]
+        labels = _after_learned_tokens(batch["labels"], hidden)
         if not _is_aligned(inner):
             labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         labels = labels.reshape(-1)
@@ -84,16 +91,18 @@ def _head_loss(
         return cross_entropy(rows, head.weight, head.bias, labels, num_trained, softcap, with_grad)
 
 
-def _last_hidden(inner: Any, head: nn.Module, inputs: Batch) -> torch.Tensor:
+def _last_hidden(model: Any, head: nn.Module, inputs: Batch) -> torch.Tensor:
     """What the head reads."""
-    hidden: torch.Tensor
-    if inner.base_model is not inner:
+    inner, hidden = inner_model(model), None
+    learns_tokens = hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning
+    if inner.base_model is not inner and not learns_tokens:
         hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state
-        return hidden
-    # T5 has no module below the head, and may scale in between.
-    with mock.patch.object(head, "forward", lambda rows: rows):
-        hidden = inner(**inputs, use_cache=False).logits
-    return hidden
+    else:
+        # T5 has no module below the head, and may scale in between; PEFT adds learned tokens above.
+        with mock.patch.object(head, "forward", lambda rows: rows):
+            hidden = (model if learns_tokens else inner)(**inputs, use_cache=False).logits
+    found: torch.Tensor = hidden
+    return found
 
 
 def plain_head(inner: Any) -> tuple[nn.Linear, float | None]:

@@ -20,7 +20,17 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "eval_fraction",
         "eval_batch_size",
     ),
-    "Method": ("method", "rank", "alpha", "dropout", "targets", "adapter_dtype", "quant", "kbit_upcast"),
+    "Method": (
+        "method",
+        "rank",
+        "alpha",
+        "dropout",
+        "targets",
+        "num_virtual_tokens",
+        "adapter_dtype",
+        "quant",
+        "kbit_upcast",
+    ),
     "Precision and optimizer": (
         "weights_dtype",
         "autocast",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from planner.layers import adapted_matrices, adapter_rank, quantised_matrices
-from planner.methods import Method, find_method
+from planner.methods import find_method
 from planner.optimizers import Optimizer, find_optimizer
 from planner.setup import TrainSetup
 from planner.sharding import STRATEGIES
@@ -86,6 +86,7 @@ class _Kept(NamedTuple):
     method: str
     targets: str | tuple[str, ...]
     rank: int
+    num_virtual_tokens: int
     trains_base: bool
     trained_width: int
     quant: str | None
@@ -101,6 +102,7 @@ def _kept(setup: TrainSetup) -> _Kept:
         method=setup.method,
         targets=setup.targets,
         rank=setup.rank,
+        num_virtual_tokens=setup.num_virtual_tokens,
         trains_base=find_method(setup.method).trains_base,
         trained_width=trained_width(setup),
         quant=setup.quant,
@@ -202,7 +204,7 @@ def trained_tensors(setup: TrainSetup, model: ModelSpec) -> tuple[TrainedTensor,
 def _trained_tensors(kept: _Kept, model: ModelSpec) -> tuple[TrainedTensor, ...]:
     if kept.trains_base:
         return base_tensors(model, kept.trained_width)
-    added = _added_tensors(model, kept.method, kept.targets, kept.rank, kept.trained_width)
+    added = _added(kept, model)
     return tuple(tensor for tensor, trains in added if trains)
 
 
@@ -210,8 +212,12 @@ def _adapters_bytes(kept: _Kept, model: ModelSpec) -> int:
     """All that the method adds, whether it trains or not."""
     if kept.trains_base:
         return 0
-    added = _added_tensors(model, kept.method, kept.targets, kept.rank, kept.trained_width)
-    return sum(tensor.num_elements * tensor.count * tensor.width for tensor, _ in added)
+    return sum(tensor.num_elements * tensor.count * tensor.width for tensor, _ in _added(kept, model))
+
+
+def _added(kept: _Kept, model: ModelSpec) -> tuple[tuple[TrainedTensor, bool], ...]:
+    tokens = kept.num_virtual_tokens
+    return _added_tensors(model, kept.method, kept.targets, kept.rank, tokens, kept.trained_width)
 
 
 @functools.lru_cache(maxsize=256)
@@ -244,20 +250,21 @@ def _matrix_tensors(matrix: Matrix, count: int, width: int) -> Iterator[TrainedT
 
 @functools.lru_cache(maxsize=1024)
 def _added_tensors(
-    model: ModelSpec, method: str, targets: str | tuple[str, ...], rank: int, width: int
+    model: ModelSpec,
+    method: str,
+    targets: str | tuple[str, ...],
+    rank: int,
+    num_virtual_tokens: int,
+    width: int,
 ) -> tuple[tuple[TrainedTensor, bool], ...]:
     """What a method adds to a model, each with whether it trains."""
-    return tuple(_iterate_added(model, find_method(method), targets, rank, width))
-
-
-def _iterate_added(
-    model: ModelSpec, method: Method, targets: str | tuple[str, ...], rank: int, width: int
-) -> Iterator[tuple[TrainedTensor, bool]]:
-    for layer, matrix in adapted_matrices(model, method, targets):
+    own = find_method(method)
+    parts = [(part, 1) for part in own.whole(model, num_virtual_tokens)]
+    for layer, matrix in adapted_matrices(model, own, targets):
         # All experts' adapters are one, as their weights are one parameter.
         count = layer.count * (1 if matrix.kind == "parameter" else matrix.copies)
-        for part in method.parts(matrix, adapter_rank(matrix, rank)):
-            yield TrainedTensor(part.rows, part.columns, count, width), part.trains
+        parts += [(part, count) for part in own.parts(matrix, adapter_rank(matrix, rank))]
+    return tuple((TrainedTensor(p.rows, p.columns, count, width), p.trains) for p, count in parts)
 
 
 def _states(optimizer: Optimizer, trained: Iterable[TrainedTensor]) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def block_recipe(
         has_flash=has_flash,
         repeats_groups=repeats_groups(stack, model.family, setup.attention),
         reentrant=stack.reentrant,
-        has_first_grad=stack.reentrant and setup.checkpointing == "full",
+        has_first_grad=method.lengthens or (stack.reentrant and setup.checkpointing == "full"),
         checkpointed=setup.checkpointing == "full",
         accumulates=setup.grad_accum_steps > 1,
         step_factor=_step_factor(setup),

@@ -80,7 +80,8 @@ class MemoryModel:
         )
 
     def _phases(self, micro_batch_size: int, seq_len: int) -> dict[str, Terms]:
-        return Step(self.run, Shape(micro_batch_size * seq_len, seq_len)).phases()
+        length = seq_len + self.run.added_tokens
+        return Step(self.run, Shape(micro_batch_size * length, length)).phases()
 
     def at(self, micro_batch_size: int, seq_len: int) -> Memory:
         """Phases and terms for micro-batches of `micro_batch_size` rows of `seq_len` tokens."""
@@ -103,11 +104,13 @@ class MemoryModel:
     def _alike(self, shapes: Iterable[tuple[int, int]]) -> Iterable[list[tuple[int, int]]]:
         kinds: dict[Hashable, list[tuple[int, int]]] = {}
         for rows, length in dict.fromkeys(shapes):
-            kinds.setdefault(self.run.kind(rows * length, length), []).append((rows, length))
+            whole = length + self.run.added_tokens
+            kinds.setdefault(self.run.kind(rows * whole, whole), []).append((rows, length))
         return kinds.values()
 
     def _in_arrays(self, alike: Sequence[tuple[int, int]]) -> Iterator[Memory]:
-        shapes = Shapes([rows * length for rows, length in alike], [length for _, length in alike])
+        lengths = [length + self.run.added_tokens for _, length in alike]
+        shapes = Shapes([rows * n for (rows, _), n in zip(alike, lengths, strict=True)], lengths)
         phases = Step(self.run, shapes).phases()
         totals = [shapes.each_rounded(sum(phases[name].values())) for name in PHASES]
         terms = {

@@ -14,6 +14,7 @@ from planner.inventory import take_inventory
 from planner.layering import Layering, lay
 from planner.linears import Recipe
 from planner.lowering import block_recipe, keeps_embeddings, loss_bytes
+from planner.methods import find_method
 from planner.results import ALLOCATED_TERMS
 from planner.setup import TrainSetup
 from planner.shapes import Shape
@@ -66,7 +67,7 @@ def _without_layers(recipe: Recipe) -> Recipe:
 class Run:
     """What of a setup and model doesn't depend on the batch, per rank.
 
-    `workspace_bytes`: what libraries take through the allocator.
+    `workspace_bytes`: what libraries take through the allocator. `added_tokens` make each row longer for the model.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Run:
         self.setup, self.model = setup, model
         self.strategy = STRATEGIES[setup.sharding]
         self.inventory = take_inventory(setup, model)
+        self.added_tokens = setup.num_virtual_tokens if find_method(setup.method).lengthens else 0
         self._stack = parse_stack(setup.stack)
         self.keeps_embeddings = keeps_embeddings(setup, model, self._stack)
         self.recipe = block_recipe(setup, model, self._stack, on_gpu=on_gpu, has_flash=has_flash)
@@ -168,8 +170,10 @@ class Run:
         return 1.0 * width * self.model.layers[0].num_heads * shape.tokens * shape.seq_len
 
     def rotary(self, shape: Shape) -> Any:
-        """Bytes of the rotary tables: for each position of each row, where rows bring their positions."""
-        positions = shape.seq_len if self.setup.stack else shape.tokens
+        """Bytes of the rotary tables: for each position of each row, where rows bring their positions (PEFT drops them
+        where tokens are added).
+        """
+        positions = shape.seq_len if self.setup.stack or self.added_tokens else shape.tokens
         return 1.0 * self.recipe.stream * self.model.num_rotary * positions
 
     def stack_variables(self, is_decoder: bool, *, drops: bool) -> Size:

@@ -55,6 +55,7 @@ class TrainSetup:
     alpha: float = _doc("scale of the adapters (alpha / rank)", 32)
     dropout: float = _doc("dropout before the adapters", 0.0)
     targets: str | tuple[str, ...] = _doc("module names that get adapters, or all-linear", "all-linear")
+    num_virtual_tokens: int = _doc("learned tokens ahead of each row (methods prompt and prefix)", 100)
     adapter_dtype: str = _doc("dtype of the adapters (PEFT's default is float32)", "float32")
     quant: str | None = _doc("quantisation of the frozen weights (qlora only)", None)
     kbit_upcast: bool = _doc("cast the 16-bit weights that stay unquantised to float32 (qlora only)", False)
@@ -187,6 +188,7 @@ _RANGES = (
     ("dropout", 0.0, 0.99),
     ("alpha", 1e-6, 1e6),
     ("rank", 1, 65_536),
+    ("num_virtual_tokens", 1, 65_536),
     ("seq_len", 1, 16_777_216),
     ("micro_batch_size", 1, 1_048_576),
     ("grad_accum_steps", 1, 1_048_576),

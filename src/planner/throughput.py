@@ -147,8 +147,8 @@ class TimeModel:
 
     def at(self, micro_batch_size: int, seq_len: int) -> StepTime:
         """The time of a step with micro-batches of that shape."""
-        tokens = micro_batch_size * seq_len
-        forward, backward = self._passes(tokens, seq_len)
+        length = seq_len + self.run.added_tokens
+        forward, backward = self._passes(micro_batch_size * length, length)
         sent, count = self._traffic, self.setup.grad_accum_steps
         passes = Seconds()
         passes.add(self._beside(forward, sent.forward_bytes), count)

@@ -17,7 +17,7 @@ from typing import Any
 from planner.errors import SetupError, UnknownNameError
 from planner.linears import Adapt
 from planner.setup import TrainSetup
-from planner.specs import Matrix
+from planner.specs import Matrix, ModelSpec
 
 PeftCall = tuple[str, dict[str, Any]]
 """The name of a class in `peft` and its keyword arguments."""
@@ -43,6 +43,21 @@ class Refusal:
     message: str
 
 
+_LEFT = "the learned tokens stand ahead of each row"
+VIRTUAL_TOKENS = (
+    Refusal("dropout", lambda s: s.dropout > 0, "PEFT drops nothing there; leave it 0"),
+    Refusal("targets", lambda s: s.targets != "all-linear", f"{_LEFT}, no module is named; leave it out"),
+    Refusal("packing", lambda s: s.packing, f"{_LEFT}, and packed documents would share them; leave it off"),
+    Refusal(
+        "padding_free", lambda s: s.padding_free, f"{_LEFT}, and joined rows would share them; leave it off"
+    ),
+    Refusal("objective", lambda s: s.objective not in ("sft", "pretrain"), "runs with sft and pretrain only"),
+    Refusal(
+        "loss", lambda s: s.loss == "fused", "the fused loss doesn't know the learned tokens; use chunked"
+    ),
+    Refusal("stack", lambda s: s.stack is not None, "known for the newest stack only; leave it out"),
+)
+"""What methods that learn tokens can't run."""
 NO_DROPOUT = Refusal("dropout", lambda s: s.dropout > 0, "PEFT drops nothing there; leave it 0")
 
 
@@ -66,6 +81,11 @@ def no_parts(matrix: Matrix, rank: int) -> tuple[Part, ...]:
     return ()
 
 
+def nothing_whole(model: ModelSpec, num_virtual_tokens: int) -> tuple[Part, ...]:
+    """Nothing is added to the model as a whole."""
+    return ()
+
+
 def no_peft(setup: TrainSetup, find_matrices: FindMatrices) -> None:
     """PEFT has no part in it."""
     return
@@ -86,7 +106,9 @@ class Method:
     """What a fine-tuning method trains.
 
     `takes(matrix)`: whether it adapts a matrix at all, and `takes_what` those in words. `parts(matrix, rank)`: what it adds to
-    one module, in the order of PEFT's parameters; `adapt` records what that module then runs (planner.linears). `folds`: it can adapt parameters that hold all experts. `splits`: its tensors can be split
+    one module, in the order of PEFT's parameters; `adapt` records what that module then runs (planner.linears). `has_rank`: the setup's rank
+    and alpha say how large that is. `whole(model, num_virtual_tokens)`: what it adds to the model itself; `lengthens`: rows grow
+    by those tokens, whose gradient reaches the first layer's input. `folds`: it can adapt parameters that hold all experts. `splits`: its tensors can be split
     over ranks as planner.sharding has it.
 
     `peft_config(setup, find_matrices)` is what PEFT must be told, None where the model's own weights train. PEFT's
@@ -108,6 +130,9 @@ class Method:
     takes_what: str = ""
     parts: Callable[[Matrix, int], tuple[Part, ...]] = no_parts
     adapt: Adapt | None = None
+    has_rank: bool = False
+    whole: Callable[[ModelSpec, int], tuple[Part, ...]] = nothing_whole
+    lengthens: bool = False
     folds: bool = False
     splits: bool = False
     peft_config: Callable[[TrainSetup, FindMatrices], PeftCall | None] = no_peft

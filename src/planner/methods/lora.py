@@ -82,6 +82,7 @@ METHOD = Method(
     summary="low-rank adapters beside frozen 16-bit weights",
     parts=parts,
     adapt=adapt,
+    has_rank=True,
     folds=True,
     splits=True,
     peft_config=peft_config,
