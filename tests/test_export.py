@@ -14,7 +14,7 @@ import planner.export
 from planner.errors import SetupError, UnknownNameError
 from planner.export import find_format, formats
 from planner.layers import peft_call
-from planner.methods import methods
+from planner.methods import methods, nothing_whole
 from planner.optimizers import OPTIMIZERS, find_optimizer
 from planner.resolve import resolve_model
 from planner.setup import CHOICES, TrainSetup
@@ -120,6 +120,7 @@ MUTATIONS = {
     "alpha": (BASE, 17.5),
     "dropout": (BASE, 0.1),
     "targets": (BASE, ("q_proj",)),
+    "num_virtual_tokens": (BASE.with_(method="prompt"), 7),
     "adapter_dtype": (BASE, "bfloat16"),
     "quant": (QLORA, "fp4"),
     "kbit_upcast": (QLORA.with_(kbit_upcast=False), True),
@@ -229,7 +230,8 @@ def test_trl_says_what_the_setup_says(name):
 
 @pytest.mark.parametrize("method", methods())
 def test_trl_passes_peft_what_the_method_says(method):
-    setup = BASE.with_(model="qwen2.5-0.5b", method=method, rank=4, alpha=9.0, targets=("q_proj", "v_proj"))
+    named = {} if methods()[method].whole is not nothing_whole else {"targets": ("q_proj", "v_proj")}
+    setup = BASE.with_(model="qwen2.5-0.5b", method=method, rank=4, alpha=9.0, checkpointing="none", **named)
     call = peft_call(setup, lambda: resolve_model(str(setup.model)))
     script = train_script(setup)
     if call is None:

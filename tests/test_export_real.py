@@ -190,6 +190,8 @@ def setup_of(tiny_model: Path, rows: Path, **changes: object) -> TrainSetup:
         {"method": "full"},
         {"method": "qlora"},
         {"method": "qlora", "kbit_upcast": True, "quant": "nf4"},
+        {"method": "lora-fa"},
+        {"method": "prompt", "num_virtual_tokens": 4},
     ],
 )
 def test_the_script_builds_the_model_that_finefit_trains(changes, tiny_model, rows):
@@ -215,6 +217,7 @@ def test_the_script_builds_the_model_that_finefit_trains(changes, tiny_model, ro
         {},
         {"packing": True, "method": "full", "eval_fraction": 0.0, "checkpointing": "none"},
         {"method": "qlora", "optimizer": "adamw-fused", "schedule": "constant"},
+        {"method": "prefix", "checkpointing": "none", "num_virtual_tokens": 4},
     ],
     ids=lambda changes: changes.get("method", "lora"),
 )

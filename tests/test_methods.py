@@ -81,10 +81,25 @@ def test_a_factor_that_was_drawn_is_kept_though_it_does_not_train() -> None:
     assert any(".lora_A." in name for name in kept)
 
 
-@pytest.mark.parametrize("method", ["ia3", "bitfit"])
-def test_a_field_that_a_method_would_ignore_is_refused(method: str) -> None:
-    with pytest.raises(SetupError, match=f"dropout: {method}"):
-        build_model(small("qwen2", method, dropout=0.1), meta=True)
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("ia3", {"dropout": 0.1}),
+        ("bitfit", {"dropout": 0.1}),
+        ("prompt", {"packing": True}),
+        ("prefix", {"checkpointing": "full"}),
+        ("prefix", {"attention": "eager"}),
+    ],
+)
+def test_what_a_method_can_not_run_is_refused_by_name(method: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(SetupError, match=f"{next(iter(changes))}: {method}"):
+        build_model(small("qwen2", method, **changes), meta=True)
+
+
+def test_keys_and_values_of_other_shapes_take_no_prefix() -> None:
+    setup = TrainSetup(model="deepseek-v2-lite", method="prefix", checkpointing="none")
+    with pytest.raises(SetupError, match="one shape for all keys and values"):
+        take_inventory(setup, resolve(setup))
 
 
 @pytest.fixture(scope="module")

@@ -161,6 +161,8 @@ class Block(Linears):
 
     def _kernel(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
         recipe = self.recipe
+        if recipe.reach > 1:
+            key, value = self._after_prefix(key), self._after_prefix(value)
         if recipe.repeats_groups or (not layer.hands_over_groups and layer.num_kv_heads > 1):
             key, value = kernels.repeated(self.tape, key, value, layer)
             layer = replace(layer, num_kv_heads=layer.num_heads)
@@ -184,10 +186,22 @@ class Block(Linears):
             is_float16=recipe.is_float16 and recipe.on_gpu,
             drops=layer.attention_dropout and recipe.training,
             is_single=recipe.is_single,
+            reach=recipe.reach,
         )
         context = kernel(self.tape, query, key, value, layer, how)
         self.tape.hold(*given)
         return context
+
+    def _after_prefix(self, x: Tensor) -> Tensor:
+        """Learned keys or values, in the weights' dtype, and the layer's own in one tensor."""
+        width, reach = max(x.width, self.recipe.weight), self.recipe.reach
+        ahead = self.tape.outer(
+            scale(x.gradient, (reach - 1) * self.recipe.weight / x.width), self.recipe.weight
+        )
+        joined = self.tape.join([ahead, x], scale(x.gradient, reach * width / x.width), width)
+        # The cache holds it.
+        self.tape.hold_to_end(joined)
+        return joined
 
     def _padded_flash(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
         """Flash with values padded to the queries' heads; the context is cut in a copy (integrations/flash_attention.py)."""

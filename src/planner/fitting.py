@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.errors import NotModelledError, SetupError
+from planner.methods import find_method
 from planner.quality import RANKS, Rung
 from planner.results import Estimate, Fit, Time
 from planner.run_time import time_of_step
@@ -241,7 +242,7 @@ class _Family:
     def _ranks(self, *, all_ranks: bool = False) -> tuple[int, ...]:
         """The wanted rank and then lower ones; ascending and whole with `all_ranks`."""
         wishes = self.fitter.wishes
-        if "rank" in wishes or self.rung.method == "full":
+        if "rank" in wishes or not find_method(self.rung.method).has_rank:
             return (wishes.get("rank", self.fitter.wanted_rank),)
         if all_ranks:
             return RANKS

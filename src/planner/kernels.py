@@ -23,7 +23,7 @@ class Precision:
     """Widths in bytes: `compute` that autocast narrows to (0: operands stay as they are), `mask` of an additive mask.
 
     `is_float16`: a softmax that is asked for float32 widens inside the kernel (SoftMax.cpp). `drops`: weights are dropped.
-    `is_single`: one row, whose heads a product takes as they lie; those of several rows it copies together.
+    `reach`: keys over queries. `is_single`: one row, whose heads a product takes as they lie; those of several rows it copies together.
     """
 
     compute: int = 0
@@ -31,6 +31,7 @@ class Precision:
     is_float16: bool = False
     drops: bool = False
     is_single: bool = False
+    reach: float = 1.0
 
 
 Kernel = Callable[[Tape, Tensor, Tensor, Tensor, LayerSpec, Precision], Tensor]
@@ -88,7 +89,7 @@ def masked_efficient(
 ) -> Tensor:
     """The same with a mask, which becomes an additive one of its own in each layer (attention.cpp)."""
     key, value = repeated(tape, key, value, layer)
-    mask = tape.run([], per_pair(query.width), query.width)
+    mask = tape.run([], scale(per_pair(query.width), how.reach), query.width)
     return saving_all(tape, (query, key, value, mask), layer, efficient_temp(layer, query.width))
 
 
@@ -106,7 +107,7 @@ def masked_products(
     tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
 ) -> Tensor:
     """The same with a mask."""
-    return _products(tape, query, key, value, layer, how, per_pair(query.width))
+    return _products(tape, query, key, value, layer, how, scale(per_pair(query.width), how.reach))
 
 
 def _products(
@@ -118,7 +119,7 @@ def _products(
     how: Precision,
     mask_size: Size,
 ) -> Tensor:
-    given, scores = query.width, _scores(layer, FULL_WIDTH)
+    given, scores = query.width, scale(_scores(layer, FULL_WIDTH), how.reach)
     held = query, key, value
     query, key, value = (_widened(tape, t) for t in held)
     scaled = query = tape.run([query], query.gradient, FULL_WIDTH)
@@ -132,11 +133,11 @@ def _products(
         key, value = (t if layer.num_kv_heads != layer.num_heads else _copy(tape, t) for t in (key, value))
     weights = tape.run([query, key], scores, FULL_WIDTH, saves=[query, key], product=_scoring(layer))
     # _safe_softmax: a plain softmax and where scores are infinite, beside the result.
-    extra = add(scores, _scores(layer, 1))
+    extra = add(scores, scale(scores, 1 / FULL_WIDTH))
     weights = tape.run([weights], scores, FULL_WIDTH, saves_output=True, temp=extra)
     weights = _dropped(tape, weights) if how.drops else weights
     out = per_token(FULL_WIDTH * layer.num_heads * layer.value_head_dim)
-    returned = tape.run([weights], _scores(layer, given) if given < FULL_WIDTH else ZERO, given)
+    returned = tape.run([weights], scale(scores, given / FULL_WIDTH) if given < FULL_WIDTH else ZERO, given)
     returned.needs_grad = False
     context = tape.run([weights, value], out, FULL_WIDTH, saves=[weights, value], product=_weighing(layer))
     tape.hold(*held, *expanded, scaled, mask, returned)
@@ -438,8 +439,8 @@ def repeated(
     """Grouped heads for all of the queries': copied out; a single one is a view (transformers' repeat_kv) unless `copies`."""
     if layer.num_kv_heads == layer.num_heads:
         return key, value
-    wide_key = per_token(key.width * layer.num_heads * layer.head_dim)
-    wide_value = per_token(value.width * layer.num_heads * layer.value_head_dim)
+    share = layer.num_heads // layer.num_kv_heads
+    wide_key, wide_value = scale(key.gradient, share), scale(value.gradient, share)
     if layer.num_kv_heads == 1 and not copies:
         return tape.part(key, wide_key), tape.part(value, wide_value)
     return tape.run([key], wide_key, key.width), tape.run([value], wide_value, value.width)

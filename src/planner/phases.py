@@ -103,7 +103,8 @@ class Step:
         if self.run.setup.loss == "full":
             head = self.run.head(self.shape, self.width, ends_at_logits=True)
             own = self.shape.peak(head.forward)
-            logits = self._plus(self.stored, escaped, self._stored_copies(), exchange, own)
+            cached = {"activations": self.run.cached(self.shape, len(self.layering.order), evaluates=False)}
+            logits = self._plus(self.stored, escaped, self._stored_copies(), exchange, cached, own)
         layers = (self._layer_forward(spot) for spot in self.layering.spots)
         return self.shape.highest([logits, *layers, *self._gathers()])
 
@@ -139,7 +140,10 @@ class Step:
             held = {"activations": outside + self._embedding_variables(self.shape)}
             return self._plus(self._stored(spot.until), escaped, copies, exchange, held, own)
         own = self.shape.peak(memory.forward)
-        return self._plus(self._stored(spot.before), escaped, self._forward_variables(spot), exchange, own)
+        cached = {"activations": self.run.cached(self.shape, spot.before.num_layers, evaluates=False)}
+        return self._plus(
+            self._stored(spot.before), escaped, self._forward_variables(spot), exchange, cached, own
+        )
 
     def _saves_input(self, spot: Spot) -> bool:
         return self.layering.memories[spot.number].saves_input
@@ -365,6 +369,7 @@ class Step:
             is_held = not self.layering.plain and not run.model.num_embedding_variables
             streams = 2 if spot.before.num_layers and is_held else 1
             outside = self._held_outside(spot, shape, evaluates=True) + self._embedding_variables(shape)
+            outside += run.cached(shape, spot.before.num_layers, evaluates=True)
             own = {"activations": held + streams * stream + outside}
             returned = run.returned(shape) if spot.before.num_layers else 0.0
             copies = {"workspace": self._cached(spot.before) + run.buffers.eval + returned}

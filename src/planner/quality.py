@@ -95,7 +95,7 @@ def filling_rank(
 
     Raises SetupError for targets that match nothing.
     """
-    if lengths is None or find_method(method).trains_base or model.is_traced:
+    if lengths is None or not find_method(method).has_rank or model.is_traced:
         return USUAL_RANK
     tokens = epochs * lengths.num_rows * lengths.mean
     per_rank = adapter_params(model, method, targets) / USUAL_RANK
@@ -121,7 +121,7 @@ class Quality:
     @classmethod
     def of(cls, setup: TrainSetup, rung: Rung, lost_share: float | None, wanted_rank: int) -> Quality:
         """Of a setup; an unknown loss counts as the worst."""
-        missing = max(0, wanted_rank - setup.rank) if setup.uses_adapters else 0
+        missing = max(0, wanted_rank - setup.rank) if find_method(setup.method).has_rank else 0
         return cls(
             lost_share=1.0 if lost_share is None else lost_share, level=rung.level, missing_rank=missing
         )

@@ -67,7 +67,8 @@ def _without_layers(recipe: Recipe) -> Recipe:
 class Run:
     """What of a setup and model doesn't depend on the batch, per rank.
 
-    `workspace_bytes`: what libraries take through the allocator. `added_tokens` make each row longer for the model.
+    `workspace_bytes`: what libraries take through the allocator. `added_tokens` make each row longer for the model,
+    `prefix_tokens` each layer's keys and values.
     """
 
     def __init__(
@@ -77,13 +78,15 @@ class Run:
         self.setup, self.model = setup, model
         self.strategy = STRATEGIES[setup.sharding]
         self.inventory = take_inventory(setup, model)
-        self.added_tokens = setup.num_virtual_tokens if find_method(setup.method).lengthens else 0
+        method, tokens = find_method(setup.method), setup.num_virtual_tokens
+        self.added_tokens = tokens if method.lengthens else 0
+        self.prefix_tokens = tokens if method.prefixes else 0
         self._stack = parse_stack(setup.stack)
         self.keeps_embeddings = keeps_embeddings(setup, model, self._stack)
         self.recipe = block_recipe(setup, model, self._stack, on_gpu=on_gpu, has_flash=has_flash)
         self._heads: dict[LossBytes, BlockMemory] = {}
         self._head_recipe = _without_layers(self.recipe)
-        self._recipes: dict[tuple[bool, bool], Recipe] = {}
+        self._recipes: dict[tuple[bool, bool, float], Recipe] = {}
         self._ranks = setup.num_gpus
         self._workspace = workspace_bytes
         self.buffers = Buffers()
@@ -99,7 +102,7 @@ class Run:
         masked = self.masked(seq_len)
         eval_tokens = tokens if setup.eval_batch_size is None else setup.eval_batch_size * seq_len
         chunks = (self._loss_bytes(tokens, False), self._loss_bytes(eval_tokens, True))
-        return masked, tokens <= seq_len, chunks
+        return masked, tokens <= seq_len, chunks, self._reach(seq_len)
 
     def layering(self, shape: Shape, *, evaluates: bool = False) -> Layering:
         """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
@@ -113,14 +116,39 @@ class Run:
 
     def recipe_for(self, tokens: int, seq_len: int, *, evaluates: bool = False) -> Recipe:
         """The layers' recipe for a micro-batch of `tokens` in rows of `seq_len`."""
-        return self._recipe(evaluates and self._differs, tokens <= seq_len)
+        return self._recipe(evaluates and self._differs, tokens <= seq_len, self._reach(seq_len))
 
-    def _recipe(self, evaluates: bool, is_single: bool) -> Recipe:
-        asked = evaluates, is_single
+    def _reach(self, seq_len: int) -> float:
+        """Keys and values of a row over its tokens."""
+        return 1.0 + self.prefix_tokens / seq_len
+
+    def cached(self, shape: Shape, num_done: int, *, evaluates: bool) -> Any:
+        """Bytes of keys and values that a cache with learned ones holds beside a layer's, until the model's forward is done.
+
+        Of `num_done` layers it holds all, of the later ones the learned ones. In training, what the attention saves is counted
+        there: all, unless it was given copies of grouped heads.
+        """
+        if not self.prefix_tokens:
+            return 0.0
+        reach, widths, last = self._reach(shape.one[1]), 0.0, len(self.model.sequence)
+        for position, kind in enumerate(self.model.sequence):
+            layer = self.model.layers[kind]
+            copied = self.setup.attention == "sdpa" and 1 < layer.num_kv_heads < layer.num_heads
+            own = reach if evaluates or copied else 0.0
+            share = own if position < num_done else reach - 1 if num_done < position < last else 0.0
+            widths += share * layer.num_kv_heads * (layer.head_dim + layer.value_head_dim)
+        return 1.0 * self.recipe.stream * widths * shape.tokens
+
+    def _recipe(self, evaluates: bool, is_single: bool, reach: float) -> Recipe:
+        asked = evaluates, is_single, reach
         if asked not in self._recipes:
             is_packed = (self.setup.packing or self.setup.padding_free) and not self.setup.stack
             self._recipes[asked] = replace(
-                self.recipe, training=not evaluates, is_single=is_single, flattens=is_single and is_packed
+                self.recipe,
+                training=not evaluates,
+                is_single=is_single,
+                flattens=is_single and is_packed,
+                reach=reach,
             )
         return self._recipes[asked]
 
@@ -134,7 +162,8 @@ class Run:
         if self.setup.attention != "sdpa":
             return False
         is_beyond = layer.window is not None and seq_len >= layer.window
-        return is_beyond or layer.always_masked or self.setup.packing or self.setup.padding_free
+        is_offset = self.setup.packing or self.setup.padding_free or self.prefix_tokens > 0
+        return is_beyond or layer.always_masked or is_offset
 
     def masks(self, shape: Shape) -> Any:
         """Bytes of the masks that layers share: additive for eager attention, else boolean, which rows have in common
@@ -157,7 +186,8 @@ class Run:
     def _mask_bytes(self, num_masks: int, shape: Shape) -> Any:
         if self.setup.attention == "eager":
             return 1.0 * self.recipe.mask * num_masks * shape.tokens * shape.seq_len
-        return 1.0 * num_masks * shape.seq_len * (shape.tokens if self.setup.packing else shape.seq_len)
+        rows = shape.tokens if self.setup.packing else shape.seq_len
+        return 1.0 * num_masks * rows * (shape.seq_len + self.prefix_tokens)
 
     def returned(self, shape: Shape) -> Any:
         """Bytes of the weights that the layer before has returned."""

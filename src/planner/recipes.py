@@ -76,6 +76,6 @@ def describe_rates(setup: TrainSetup, model: ModelSpec, wanted_rank: int = USUAL
     yield f"learning rate {peak_learning_rate(setup):g} ({source})"
     if setup.warmup_steps is None:
         yield f"warm-up over {100 * WARMUP_SHARE:g} % of the steps ({WARMUP_SOURCE})"
-    if setup.uses_adapters:
+    if find_method(setup.method).has_rank:
         more = f"; the data could fill rank {wanted_rank}" if wanted_rank > setup.rank else ""
         yield f"rank {setup.rank}, alpha {setup.alpha:g}{more} ({RANK_SOURCE})"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from planner.claims import Case, Finding, Judged, Judgement
 from planner.cost import Span
+from planner.methods import find_method
 from planner.money import Money
 from planner.render import Column, format_table
 from planner.setup import TrainSetup
@@ -144,7 +145,7 @@ def setup_name(setup: TrainSetup, gpu: str) -> str:
     'llama-2-7b, lora r8 all-linear, bfloat16, adamw, 1 x 512, RTX 4080'
     """
     targets = setup.targets if isinstance(setup.targets, str) else "+".join(setup.targets)
-    adapters = f" r{setup.rank} {targets}" if setup.uses_adapters else ""
+    adapters = f" r{setup.rank} {targets}" if find_method(setup.method).has_rank else ""
     dtype = setup.quant or setup.weights_dtype
     parts = [
         setup.model_label,

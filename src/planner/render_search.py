@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from planner.methods import find_method
 from planner.options import Option, Out, Outcome, amount
 from planner.render import Column, format_facts, format_table, paint, wrap
 from planner.render_estimate import format_answer
@@ -85,7 +86,7 @@ def _column(
 
 def _describe_quality(option: Option) -> str:
     parts = [option.rung.name, f"{option.estimate.setup.seq_len} tokens"]
-    if option.estimate.setup.uses_adapters:
+    if find_method(option.estimate.setup.method).has_rank:
         parts.append(f"rank {option.estimate.setup.rank}")
     if option.relies_on_host:
         parts.append(f"{format_bytes(option.estimate.memory.host_bytes)} of host memory")

@@ -18,7 +18,7 @@ from typing import Any
 from planner.errors import DoesNotFitError, NotModelledError, SetupError
 from planner.estimate import Estimator, resolve
 from planner.lengths import DataLengths
-from planner.methods import find_method
+from planner.methods import can_run, find_method
 from planner.quality import filling_rank
 from planner.recipes import attention_for, describe_rates, precise_recipe, rates_for, recipe, shared_by
 from planner.results import Estimate, Plan, Rejected
@@ -161,6 +161,7 @@ def _packs(wishes: Mapping[str, Any], lengths: DataLengths, seq_len: int) -> boo
     """Whether to choose packing: rows are short, and the batch, the objective and the attention leave it open."""
     open_fields = not any(name in wishes for name in ("packing", "micro_batch_size", "grad_accum_steps"))
     can_pack = wishes.get("objective", "sft") in ("sft", "pretrain") and wishes.get("attention") != "eager"
+    can_pack = can_pack and can_run(wishes.get("method", "lora"), packing=True)
     return open_fields and can_pack and lengths.mean <= PACKED_BELOW * seq_len
 
 

@@ -6,12 +6,11 @@ this order, and what is given up is never taken where a run fits at its largest 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from planner.methods import find_method
+from planner.methods import can_run, find_method
 from planner.optimizers import find_optimizer
 from planner.specs import Machine
 
@@ -62,9 +61,7 @@ class Block:
 def spots(method: str, machine: Machine, wishes: Mapping[str, Any]) -> list[Spot]:
     """Ways to share, what offloads last; only what the wishes leave open."""
     known = _ALONE if machine.num_gpus == 1 else _TOGETHER
-    possible = [
-        spot for spot in known if not (find_method(method).quantises_base and spot.get("sharding") == "zero3")
-    ]
+    possible = [spot for spot in known if can_run(method, num_gpus=machine.num_gpus, **spot)]
     wished = {name: wishes[name] for name in ("sharding", "offload") if name in wishes}
     agreeing = [
         spot for spot in possible if all(spot.get(name, "none") == value for name, value in wished.items())
@@ -74,17 +71,15 @@ def spots(method: str, machine: Machine, wishes: Mapping[str, Any]) -> list[Spot
 
 def blocks(method: str, machine: Machine, spot: Spot, wishes: Mapping[str, Any]) -> Iterator[Block]:
     """By optimizer, the exact one first; each block holds every way to recompute and to make the loss."""
+    choices = [
+        {"checkpointing": checkpointing, "loss": loss}
+        for checkpointing in _open("checkpointing", CHECKPOINTING, wishes)
+        for loss in _open("loss", _losses(machine), wishes)
+    ]
+    # Where the wishes leave nothing that the method runs, its refusal says why.
+    possible = [choice for choice in choices if can_run(method, **choice)] or choices
     for states in _states(method, machine, spot, wishes):
-        choices = itertools.product(
-            _open("checkpointing", CHECKPOINTING, wishes), _open("loss", _losses(machine), wishes)
-        )
-        yield Block(
-            spot,
-            tuple(
-                {**spot, **states, "checkpointing": checkpointing, "loss": loss}
-                for checkpointing, loss in choices
-            ),
-        )
+        yield Block(spot, tuple({**spot, **states, **choice} for choice in possible))
 
 
 def _open(name: str, values: Sequence[str], wishes: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -108,7 +108,7 @@ class Method:
     `takes(matrix)`: whether it adapts a matrix at all, and `takes_what` those in words. `parts(matrix, rank)`: what it adds to
     one module, in the order of PEFT's parameters; `adapt` records what that module then runs (planner.linears). `has_rank`: the setup's rank
     and alpha say how large that is. `whole(model, num_virtual_tokens)`: what it adds to the model itself; `lengthens`: rows grow
-    by those tokens, whose gradient reaches the first layer's input. `folds`: it can adapt parameters that hold all experts. `splits`: its tensors can be split
+    by those tokens, whose gradient reaches the first layer's input; `prefixes`: each layer's keys and values do, out of a cache. `folds`: it can adapt parameters that hold all experts. `splits`: its tensors can be split
     over ranks as planner.sharding has it.
 
     `peft_config(setup, find_matrices)` is what PEFT must be told, None where the model's own weights train. PEFT's
@@ -133,6 +133,7 @@ class Method:
     has_rank: bool = False
     whole: Callable[[ModelSpec, int], tuple[Part, ...]] = nothing_whole
     lengthens: bool = False
+    prefixes: bool = False
     folds: bool = False
     splits: bool = False
     peft_config: Callable[[TrainSetup, FindMatrices], PeftCall | None] = no_peft
@@ -168,6 +169,19 @@ def check_method(setup: TrainSetup) -> Method:
         if refusal.is_wrong(setup):
             raise SetupError(refusal.field, f"{setup.method}: {refusal.message}")
     return method
+
+
+def can_run(method: str, **fields: Any) -> bool:
+    """Whether a method takes these fields of a setup.
+
+    >>> can_run("prefix", checkpointing="full"), can_run("lora", checkpointing="full")
+    (False, True)
+    """
+    try:
+        check_method(TrainSetup(method=method, **fields))
+    except SetupError:
+        return False
+    return True
 
 
 _UNSPLIT = Refusal(
