@@ -440,8 +440,7 @@ def repeated(
     """Grouped heads for all of the queries': copied out; a single one is a view (transformers' repeat_kv) unless `copies`."""
     if layer.num_kv_heads == layer.num_heads:
         return key, value
-    share = layer.num_heads // layer.num_kv_heads
-    wide_key, wide_value = scale(key.gradient, share), scale(value.gradient, share)
+    wide_key, wide_value = (scale(t.gradient, layer.num_heads // layer.num_kv_heads) for t in (key, value))
     if layer.num_kv_heads == 1 and not copies:
         return tape.part(key, wide_key), tape.part(value, wide_value)
     return tape.run([key], wide_key, key.width), tape.run([value], wide_value, value.width)
