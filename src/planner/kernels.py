@@ -133,9 +133,8 @@ def _products(
         key, value = (t if layer.num_kv_heads != layer.num_heads else _copy(tape, t) for t in (key, value))
     weights = tape.run([query, key], scores, FULL_WIDTH, saves=[query, key], product=_scoring(layer))
     # _safe_softmax: a plain softmax and where scores are infinite, beside the result.
-    weights = tape.run(
-        [weights], scores, FULL_WIDTH, saves_output=True, temp=scale(scores, 1 + 1 / FULL_WIDTH)
-    )
+    extra = scale(scores, 1 + 1 / FULL_WIDTH)
+    weights = tape.run([weights], scores, FULL_WIDTH, saves_output=True, temp=extra)
     weights = _dropped(tape, weights) if how.drops else weights
     out = per_token(FULL_WIDTH * layer.num_heads * layer.value_head_dim)
     returned = tape.run([weights], scale(scores, given / FULL_WIDTH) if given < FULL_WIDTH else ZERO, given)
