@@ -60,7 +60,7 @@ LAYERS = (
         "kernels",
         "pointwise",
     ),
-    ("index", "fields", "results", "dataset", "linears"),
+    ("index", "fields", "results", "dataset", "linears", "own_kernels"),
     ("latent", "char_lengths", "methods"),
     ("families",),
     (

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from planner import kernels
+from planner import kernels, own_kernels
 from planner.blocks import layer_memory
 from planner.hf_config import model_spec
 from planner.linears import Recipe
@@ -209,7 +209,7 @@ class TestKernels:
             (kernels.flash, 2, 4 * Q + 4 * HEADS + 2 * 2 * Q),
             (kernels.efficient, 2, 4 * Q + 4 * HEADS),
             (kernels.efficient, 4, 4 * HEADS),
-            (kernels.on_cpu, 2, 0),
+            (own_kernels.on_cpu, 2, 0),
         ],
     )
     def test_what_a_backward_holds_while_it_runs(self, kernel, width, held):

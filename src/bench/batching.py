@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bench.data import IGNORE_INDEX, Example
+from bench.documents import locate
 from planner.packing import pack
+from planner.setup import TrainSetup
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +92,53 @@ class BatchPlan:
             [[examples[number] for number in self.rows[row]] for row in micro_batch]
             for micro_batch in self.micro_batches(step)
         ]
+
+
+MOST_TRAINED = 0.9
+"""Above this share of positions that train, the loss reads all rows: picking some would spare too little."""
+
+
+def micro_batch(setup: TrainSetup, rows: Sequence[Sequence[Example]], *, pad_id: int) -> dict[str, Any]:
+    """One micro-batch as the setup trains or evaluates on it: `collate`'s, and what its loss and attention need.
+
+    `trained_rows` numbers the positions (rows one after the other) whose next token is trained, where the loss can
+    leave out the others; a padding-free batch has `documents` (`bench.documents`).
+    """
+    if setup.joins_rows:
+        examples = [example for row in rows for example in row]
+        batch = _joined(examples)
+        if setup.attention == "sdpa":
+            batch["documents"] = locate([example.num_tokens for example in examples])
+    else:
+        # compiled layers need one shape
+        seq_len = setup.seq_len if setup.compile else None
+        batch = collate(rows, pad_id=pad_id, seq_len=seq_len, packing=setup.packing)
+    if setup.loss != "full":
+        trained = _trained_rows(batch["labels"].numpy())
+        batch.update({} if trained is None else {"trained_rows": trained})
+    return batch
+
+
+def _joined(examples: Sequence[Example]) -> dict[str, Any]:
+    """All documents in one row, without padding."""
+    import torch
+
+    batch = {
+        "input_ids": np.concatenate([example.input_ids for example in examples]),
+        "labels": np.concatenate([example.labels for example in examples]),
+        "position_ids": np.concatenate([np.arange(example.num_tokens) for example in examples]),
+    }
+    return {name: torch.from_numpy(array.astype(np.int64))[None] for name, array in batch.items()}
+
+
+def _trained_rows(labels: npt.NDArray[np.int64]) -> torch.Tensor | None:
+    """Positions whose next token has a label, among those of all rows; None where nearly all have."""
+    import torch
+
+    shifted = np.full_like(labels, IGNORE_INDEX)
+    shifted[:, :-1] = labels[:, 1:]
+    found = np.flatnonzero(shifted.reshape(-1) != IGNORE_INDEX)
+    return torch.from_numpy(found) if len(found) < MOST_TRAINED * labels.size else None
 
 
 def collate(

@@ -127,7 +127,9 @@ def _base_model(
     is_untied: bool,
 ) -> nn.Module:
     auto_class = getattr(transformers, AUTO_CLASSES[setup.objective])
-    attention = _buildable_attention(setup, auto_class, config) if meta else ATTENTION[setup.attention]
+    attention = _attention_name(setup, config)
+    if meta and attention == ATTENTION["flash"]:
+        attention = _without_flash(auto_class, config)
     options: dict[str, Any] = {
         "dtype": torch_dtype(setup.weights_dtype),
         "attn_implementation": attention,
@@ -155,6 +157,15 @@ def _base_model(
     return model
 
 
+def _attention_name(setup: TrainSetup, config: Any) -> str:
+    """transformers' name of the setup's attention; finefit's own where documents are joined in one row."""
+    if setup.attention != "sdpa" or not setup.joins_rows:
+        return ATTENTION[setup.attention]
+    from bench.attention import register
+
+    return register(config, setup)
+
+
 def _match_checkpoint(setup: TrainSetup, model: Any, *, is_untied: bool) -> None:
     """What from_pretrained makes of a checkpoint and from_config doesn't: T5's own head, and what stays in float32.
 
@@ -170,10 +181,8 @@ def _match_checkpoint(setup: TrainSetup, model: Any, *, is_untied: bool) -> None
             parameter.data = parameter.data.float()
 
 
-def _buildable_attention(setup: TrainSetup, auto_class: Any, config: Any) -> str:
-    """The setup's attention, or another in place of a flash kernel that isn't here."""
-    if setup.attention != "flash":
-        return ATTENTION[setup.attention]
+def _without_flash(auto_class: Any, config: Any) -> str:
+    """An attention in place of a flash kernel that isn't here."""
     model_class = auto_class._model_mapping.get(type(config), None)
     return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
 
@@ -367,6 +376,8 @@ def check_runnable(setup: TrainSetup, device: str | torch.device) -> None:
         raise NotModelledError(f"objective: {setup.objective} can't be run yet; sft and pretrain can")
     if setup.kernels != "plain":
         raise NotModelledError(f"kernels: {setup.kernels} can't be run yet; use plain")
+    if setup.padding_free and setup.compile:
+        raise SetupError("padding_free", "compiled layers need rows of one length, and joined ones differ")
     if setup.attention == "flash" and not on_cuda:
         raise SetupError("attention", f"flash needs CUDA, this is {device.type}; use sdpa")
     if setup.loss == "fused" and not on_cuda:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.batching import collate, num_trained_tokens
+from bench.batching import micro_batch, num_trained_tokens
 from bench.data import Example
 from bench.signals import StopRequestedError
 from bench.step import TrainStep
@@ -48,7 +48,7 @@ def evaluate(
             batches = list(eval_rows(step.setup, examples))
             for own in world.share(batches):
                 rows = own or batches[0]
-                batch = collate(rows, pad_id=pad_id, packing=step.setup.packing)
+                batch = micro_batch(step.setup.with_(compile=False), rows, pad_id=pad_id)
                 on_device = {name: tensor.to(step.device) for name, tensor in batch.items()}
                 loss = float(step.forward(on_device, 1))
                 if own is not None:

@@ -22,7 +22,10 @@ from planner.lowering import LOSS_CHUNK_TOKENS
 
 IGNORE_INDEX = -100
 
-Batch = Mapping[str, torch.Tensor]
+NOT_INPUTS = ("labels", "trained_rows")
+"""Keys of a batch that the model isn't given."""
+
+Batch = Mapping[str, Any]
 Phase = Callable[[str], AbstractContextManager[Any]]
 Loss = Callable[[nn.Module, Batch, float, Phase], torch.Tensor]
 
@@ -30,7 +33,7 @@ Loss = Callable[[nn.Module, Batch, float, Phase], torch.Tensor]
 def full_loss(model: nn.Module, batch: Batch, num_trained: float, phase: Phase) -> torch.Tensor:
     """transformers' own loss over all logits, which exist as [T, V] in 16 and in 32 bits."""
     inner = inner_model(model)
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = model_inputs(batch)
     with phase("forward"):
         logits = model(**inputs, use_cache=False).logits
     with phase("loss"):
@@ -49,6 +52,11 @@ def _after_learned_tokens(labels: torch.Tensor, outputs: torch.Tensor) -> torch.
     """Labels [B, T] for outputs [B, n + T, ...]: the n tokens that a method has put ahead of each row give no loss."""
     num_ahead = outputs.shape[1] - labels.shape[1]
     return functional.pad(labels, (num_ahead, 0), value=IGNORE_INDEX) if num_ahead else labels
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What of a batch the model's forward is given."""
+    return {name: value for name, value in batch.items() if name not in NOT_INPUTS}
 
 
 def _is_aligned(inner: Any) -> bool:
@@ -78,17 +86,18 @@ def _head_loss(
 ) -> torch.Tensor:
     inner = inner_model(model)
     head, softcap = plain_head(inner)
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with phase("forward"):
-        hidden = _last_hidden(model, head, inputs)
+        hidden = _last_hidden(model, head, model_inputs(batch))
     with phase("loss"):
         labels = _after_learned_tokens(batch["labels"], hidden)
         if not _is_aligned(inner):
             labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         labels = labels.reshape(-1)
         rows = hidden.reshape(-1, hidden.shape[-1])
+        # where learned tokens stand ahead, the rows have other numbers
+        trained = batch.get("trained_rows") if hidden.shape[1] == batch["labels"].shape[1] else None
         with_grad = torch.is_grad_enabled()
-        return cross_entropy(rows, head.weight, head.bias, labels, num_trained, softcap, with_grad)
+        return cross_entropy(rows, head.weight, head.bias, labels, trained, num_trained, softcap, with_grad)
 
 
 def _last_hidden(model: Any, head: nn.Module, inputs: Batch) -> torch.Tensor:
@@ -157,11 +166,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
+        trained: torch.Tensor | None,
         num_trained: float,
         softcap: float | None,
         with_grad: bool,
     ) -> torch.Tensor:
-        """`rows` [T, H], `weight` [V, H], `labels` [T]: the sum of the tokens' losses over `num_trained`."""
+        """`rows` [T, H], `weight` [V, H], `labels` [T]: the sum of the tokens' losses over `num_trained`.
+
+        `trained` [n] numbers the rows that have a label; None takes all. No other row's logits are computed.
+        """
         grads = [
             torch.zeros_like(t) if with_grad and needed and t is not None else None
             for t, needed in zip((rows, weight, bias), ctx.needs_input_grad[:3], strict=True)
@@ -169,10 +182,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         has_grads = any(grad is not None for grad in grads)
         dtype = _compute_dtype(rows)
         with torch.autocast(rows.device.type, enabled=False):
-            chunk = _Chunk(min(LOSS_CHUNK_TOKENS, len(rows)), weight, bias, dtype, softcap)
+            num_rows = len(rows) if trained is None else len(trained)
+            chunk = _Chunk(min(LOSS_CHUNK_TOKENS, num_rows), weight, bias, dtype, softcap)
             loss = rows.new_zeros((), dtype=torch.float32)
-            for start in range(0, len(rows), LOSS_CHUNK_TOKENS):
-                span = slice(start, start + LOSS_CHUNK_TOKENS)
+            for start in range(0, num_rows, LOSS_CHUNK_TOKENS):
+                span: slice | torch.Tensor = slice(start, start + LOSS_CHUNK_TOKENS)
+                span = span if trained is None else trained[span]
                 part, targets = rows[span].to(dtype), labels[span]
                 loss += chunk.loss(part, targets, has_grads)
                 if has_grads:
@@ -187,7 +202,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         scaled = [
             None if grad is None else grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _compute_dtype(rows: torch.Tensor) -> torch.dtype:
@@ -258,7 +273,7 @@ def _add_gradients(
     grad_logits: torch.Tensor,
     rows: torch.Tensor,
     weight: torch.Tensor,
-    span: slice,
+    span: slice | torch.Tensor,
 ) -> None:
     grad_rows, grad_weight, grad_bias = grads
     if grad_rows is not None:
@@ -276,10 +291,13 @@ def _liger_cross_entropy(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
+    trained: torch.Tensor | None,
     num_trained: float,
     softcap: float | None,
     with_grad: bool,
 ) -> torch.Tensor:
+    if trained is not None:
+        rows, labels = rows[trained], labels[trained]
     try:
         liger = importlib.import_module("liger_kernel.transformers")
     except ImportError as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.batching import BatchPlan, collate, num_real_tokens, num_trained_tokens
+from bench.batching import BatchPlan, micro_batch, num_real_tokens, num_trained_tokens
 from bench.data import IGNORE_INDEX, Example, TokenFacts, extra_readers, split
 from bench.data_audit import (
     ANSWERED,
@@ -32,7 +32,7 @@ from planner.setup import TrainSetup
 class StepBatch:
     """One optimizer step's micro-batches on the device. `num_tokens` are real ones, without padding."""
 
-    micro_batches: list[dict[str, torch.Tensor]]
+    micro_batches: list[dict[str, Any]]
     num_tokens: int
     num_trained_tokens: int
 
@@ -60,15 +60,11 @@ class RunData:
         """The global batch of optimizer step `step`, counted from 0, with this rank's micro-batches of it; the same at
         every call. A rank that is one short takes the first once more, without labels.
 
-        Rows are padded to the longest of their micro-batch; compiled layers need one shape, `seq_len`.
+        Rows are padded to the longest of their micro-batch, or joined without padding.
         """
         rows = self.batches.step_rows(self.train, step)
-        seq_len = self.setup.seq_len if self.setup.compile else None
         own = world.share(rows)
-        collated = [
-            collate(r or rows[0], pad_id=self.pad_id, seq_len=seq_len, packing=self.setup.packing)
-            for r in own
-        ]
+        collated = [micro_batch(self.setup, r or rows[0], pad_id=self.pad_id) for r in own]
         for batch, micro_rows in zip(collated, own, strict=True):
             if micro_rows is None:
                 batch["labels"].fill_(IGNORE_INDEX)

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.artifact import verify_artifact, verify_weights, write_artifact
+from bench.attention import check_isolation
 from bench.build import AUTO_CLASSES, build_model, check_runnable, inner_model
 from bench.checkpoint import saved_steps
 from bench.data import check_vocabulary
+from bench.host_memory import keep_freed_memory
 from bench.launch import LostPeerError, PassedOnStop, is_rank, run_ranks
 from bench.loss import check_head
 from bench.metrics import memory_peaks
@@ -105,6 +107,7 @@ def train(
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_ranks(plan.setup, place, is_rank=is_rank())
     check_runnable(plan.setup, place)
+    keep_freed_memory()
     options = _Options(place, progress, save_every_steps, eval_every_steps, trust_remote_code)
     folder = RunFolder(out_dir, plan, resume=resume, allow_changes=allow_changes)
     if plan.setup.num_gpus > 1 and not is_rank():
@@ -250,6 +253,8 @@ def _prepare(
     check_vocabulary(tokenizer, inner_model(model).get_input_embeddings().num_embeddings)
     if setup.loss != "full":
         check_head(model)
+    if setup.padding_free and setup.attention == "sdpa":
+        check_isolation(model)
     return Run(
         folder,
         data,

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from planner import kernels
 from planner.linears import Linears, Recipe
+from planner.own_kernels import by_document, cpu_kernel
 from planner.pointwise import CLAMPED_SILU, activation
 from planner.specs import LayerSpec, Matrix
 from planner.tape import FULL_WIDTH, ZERO, BlockMemory, Size, Snapshot, Tape, Tensor, add, per_token, scale
@@ -188,6 +189,7 @@ class Block(Linears):
             is_single=recipe.is_single,
             reach=recipe.reach,
         )
+        kernel = by_document(kernel) if recipe.spreads else kernel
         context = kernel(self.tape, query, key, value, layer, how)
         self.tape.hold(*given)
         return context
@@ -221,7 +223,7 @@ class Block(Linears):
         if recipe.attention == "eager":
             return kernels.EAGER[layer.scores], narrowed
         if not recipe.on_gpu:
-            return kernels.on_cpu, narrowed
+            return cpu_kernel(spreads=recipe.spreads), narrowed
         if recipe.attention == "flash":
             # transformers narrows float32 queries of a quantised model (integrations/flash_attention.py).
             return kernels.flash, recipe.compute

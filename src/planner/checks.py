@@ -107,10 +107,20 @@ def check(setup: TrainSetup, machine: Machine, model: ModelSpec) -> None:
             "attention",
             f"transformers has no {setup.attention} for {model.name}; use {' or '.join(able)}",
         )
+    _check_windows(setup, model)
     scale = next((name for name in LOGIT_SCALES if model.config.get(name) not in (None, 1)), None)
     if setup.loss != "full" and scale is not None:
         raise SetupError(
             "loss", f"{setup.loss} doesn't work on {model.name}: it scales its logits ({scale}); use full"
+        )
+
+
+def _check_windows(setup: TrainSetup, model: ModelSpec) -> None:
+    """torch's attention, which takes each document by itself, has no window without a mask."""
+    shortest = min((layer.window for layer in model.layers if layer.window), default=None)
+    if setup.joins_rows and setup.attention == "sdpa" and shortest and shortest < setup.seq_len:
+        raise SetupError(
+            "padding_free", f"{model.name} has a window of {shortest} tokens, less than seq_len; use packing"
         )
 
 

@@ -71,11 +71,6 @@ def _accumulated(head_dim: int) -> int:
     return -(-head_dim // multiple) * multiple
 
 
-def on_cpu(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision) -> Tensor:
-    """The CPU's flash attention: the same tensors are saved, nothing is held beside them."""
-    return saving_all(tape, (query, key, value), layer, ZERO)
-
-
 def efficient(
     tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
 ) -> Tensor:
@@ -410,17 +405,19 @@ def efficient_temp(layer: LayerSpec, width: int) -> Size:
     return per_token(FULL_WIDTH * layer.num_heads * (1 + accumulator))
 
 
-def saving_all(tape: Tape, inputs: tuple[Tensor, ...], layer: LayerSpec, grad_temp: Size) -> Tensor:
-    """Everything that goes in is saved, and the output with a float32 log-sum per head and token."""
-    width = inputs[0].width
-    out = per_token(width * layer.num_heads * layer.value_head_dim + FULL_WIDTH * layer.num_heads)
+def saving_all(
+    tape: Tape, inputs: tuple[Tensor, ...], layer: LayerSpec, temp: Size, keeps: bool = True
+) -> Tensor:
+    """Everything that goes in is saved, and what it `keeps`: the output with a float32 log-sum per head and token."""
+    width, heads = inputs[0].width, layer.num_heads
+    out = per_token(width * heads * layer.value_head_dim + FULL_WIDTH * heads * keeps)
     product = Product(
         flops=add(_scoring(layer).flops, _weighing(layer).flops),
         kind=ATTENTION,
         backward=FUSED_BACKWARD,
         skips=len(inputs) == len(("query", "key", "value")),
     )
-    return tape.run(inputs, out, width, saves=inputs, saves_output=True, grad_temp=grad_temp, product=product)
+    return tape.run(inputs, out, width, saves=inputs, saves_output=keeps, grad_temp=temp, product=product)
 
 
 def _scoring(layer: LayerSpec) -> Product:

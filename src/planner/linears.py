@@ -51,7 +51,8 @@ class Recipe:
     input is computed though nothing before it trains. `step_factor`: each weight's gradient is used as soon as it is
     there, which takes that many times its bytes (Tape.play). `training`: dropouts drop; `copies_weights`: autocast narrows weights that the ranks haven't gathered narrow.
     `accumulates`: gradients are added to those of the micro-batch before. `is_single`: the micro-batch is one row; `flattens`: flash attention is given its documents one after the other, in
-    copies (modeling_flash_attention_utils.py, _prepare_from_posids). `reach`: keys and values over a row's tokens, more
+    copies (modeling_flash_attention_utils.py, _prepare_from_posids); `spreads`: torch's attention is given each document in a
+    row of its own, in copies (bench.attention). `reach`: keys and values over a row's tokens, more
     than 1 where learned ones stand ahead of them.
     """
 
@@ -85,6 +86,7 @@ class Recipe:
     accumulates: bool = False
     copies_weights: bool = True
     flattens: bool = False
+    spreads: bool = False
     reach: float = 1.0
 
 

@@ -54,6 +54,7 @@ def block_recipe(
         checkpointed=setup.checkpointing == "full",
         accumulates=setup.grad_accum_steps > 1,
         step_factor=_step_factor(setup),
+        spreads=setup.joins_rows and setup.attention == "sdpa",
     )
 
 

@@ -142,7 +142,9 @@ class Run:
     def _recipe(self, evaluates: bool, is_single: bool, reach: float) -> Recipe:
         asked = evaluates, is_single, reach
         if asked not in self._recipes:
-            is_packed = (self.setup.packing or self.setup.padding_free) and not self.setup.stack
+            joins = self.setup.joins_rows
+            is_packed = joins or (self.setup.packing and not self.setup.stack)
+            is_single = is_single or joins
             self._recipes[asked] = replace(
                 self.recipe,
                 training=not evaluates,
@@ -162,6 +164,8 @@ class Run:
         if self.setup.attention != "sdpa":
             return False
         is_beyond = layer.window is not None and seq_len >= layer.window
+        if self.setup.joins_rows:
+            return is_beyond
         is_offset = self.setup.packing or self.setup.padding_free or self.prefix_tokens > 0
         return is_beyond or layer.always_masked or is_offset
 
@@ -179,7 +183,7 @@ class Run:
 
     def idle_masks(self, shape: Shape) -> Any:
         """Bytes of the mask for a window that no layer has: the model's forward alone holds it."""
-        is_made = self.model.makes_both_masks and self.setup.attention != "flash"
+        is_made = self.model.makes_both_masks and self.setup.attention != "flash" and not self.recipe.spreads
         is_idle = is_made and len({layer.window for layer in self.model.layers}) == 1
         return self._mask_bytes(int(is_idle), shape)
 

@@ -134,6 +134,13 @@ class TrainSetup:
         return self.micro_batch_size * self.grad_accum_steps * ranks
 
     @property
+    def joins_rows(self) -> bool:
+        """Whether a micro-batch is one row of all its documents, which attend to themselves alone; the collator of a named
+        stack has its own ways.
+        """
+        return self.padding_free and self.stack is None
+
+    @property
     def uses_adapters(self) -> bool:
         """Whether the model's own weights stay frozen."""
         return self.method != "full"

@@ -21,6 +21,7 @@ from bench.optim import build_optimizer
 from bench.quiet import quiet_libraries
 from bench.ranks import rank_step
 from bench.step import TrainStep
+from bench.trace.batch import fake_batch
 from bench.trace.cuda import WORKSPACES, cuda_rules
 from bench.trace.depth import Depths, PhasePeak, choose_depths, layer_kinds, phase_peaks, shallow_config
 from bench.trace.fakes import fill_with_fakes, hand_over_state, quantised_tensors
@@ -169,7 +170,12 @@ def _live_tensor(recording: Recording, storage: Storage) -> LiveTensor:
 def _depths(setup: TrainSetup, config: Any) -> Depths:
     """The kinds of layers of the whole model decide; an encoder-decoder is traced whole."""
     plain = setup.with_(
-        method="full", quant=None, checkpointing="none", optimizer_in_backward=False, attention="eager"
+        method="full",
+        quant=None,
+        checkpointing="none",
+        optimizer_in_backward=False,
+        padding_free=False,
+        attention="eager",
     )
     model = build_model(plain, meta=True)
     numbers = layer_numbers(model, [name for name, _ in model.named_modules()])
@@ -311,20 +317,6 @@ def _run(step: TrainStep, tracker: Tracker, setup: TrainSetup) -> None:
 
 def _no_phase(name: str) -> Any:
     return nullcontext()
-
-
-def fake_batch(setup: TrainSetup, num_rows: int) -> dict[str, torch.Tensor]:
-    """What bench.batching.collate makes of rows without padding: int64 [num_rows, seq_len].
-
-    Hugging Face's collators, which a named stack stands for, give no positions. An encoder-decoder reads `seq_len`
-    tokens and writes as many.
-    """
-    shape = (num_rows, setup.seq_len)
-    names = ("input_ids", "labels", "decoder_input_ids")[: 3 if setup.objective == "seq2seq" else 2]
-    batch = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
-    if not setup.stack and setup.objective != "seq2seq":
-        batch["position_ids"] = torch.arange(setup.seq_len).repeat(num_rows, 1)
-    return batch
 
 
 def _mark_weights(tracker: Tracker, setup: TrainSetup, model: nn.Module) -> None:

@@ -1,0 +1,26 @@
+"""How the process gets its memory from the system."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+"""mallopt's numbers (malloc.h of glibc)."""
+_NEVER_BYTES = 2**31 - 1
+_MMAP_BYTES = 2**30
+_PAD_BYTES = 64 * 2**20
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what is freed, up to 2 GiB, instead of giving it back to the system.
+
+    A training step asks for the same tensors each time. By default those above 32 MiB at most are mapped anew, and the
+    kernel fills each page with zeros: about a tenth of a small model's step on a CPU. Elsewhere nothing is done.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_BYTES)
+    libc.mallopt(_M_TOP_PAD, _PAD_BYTES)
