@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from bench import train as train_module
 from bench.checkpoint import newest_checkpoint
 from bench.metrics import MetricsLog
 from bench.runfolder import RunFolder
+from bench.signals import StopFlag, StopRequestedError
 from planner.errors import FinefitError, InterruptedRunError, UsageError
 from planner.setup import TrainSetup
 from whole_runs import assert_equal_runs, metrics, quiet_train, stop_at
@@ -91,6 +93,27 @@ def test_a_folder_whose_plan_was_being_written_is_taken_over(plan: Plan, tmp_pat
     (folder / ".plan.yaml.x1y2").write_text("# finefit pl")
     quiet_train(plan(max_steps=1), folder)
     assert not list(folder.glob(".plan.yaml.*"))
+
+
+def test_a_stop_of_which_c_code_makes_another_error_is_still_a_stop() -> None:
+    """safetensors calls torch from Rust, which reports any exception in there as its own."""
+    with StopFlag() as stop, pytest.raises(StopRequestedError), stop.at_once():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except StopRequestedError as error:
+            raise ValueError("could not determine the shape") from error
+    with StopFlag() as stop, pytest.raises(ValueError, match="of its own"), stop.at_once():
+        raise ValueError("of its own")
+
+
+def test_what_a_kill_left_in_the_last_save_is_removed(plan: Plan, tmp_path: Path) -> None:
+    setup = plan(max_steps=1)
+    quiet_train(setup, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    for name in (".deleting-step-000000", ".writing-step-000001"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir()
+    quiet_train(setup, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
 
 
 def test_a_torn_plan_in_the_folder_is_replaced_when_changes_are_allowed(

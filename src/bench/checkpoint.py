@@ -66,7 +66,7 @@ def save_checkpoint(
 
     def begin() -> None:
         root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
+        remove_leftovers(root)
         aside.mkdir()
 
     def commit() -> None:
@@ -295,8 +295,8 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _remove_leftovers(root: Path) -> None:
-    """What a killed process left behind."""
+def remove_leftovers(root: Path) -> None:
+    """Delete what a process left behind that was killed while it saved. No other may be saving there."""
     for leftover in (*root.glob(f"{_ASIDE}*"), *root.glob(f"{_DOOMED}*")):
         shutil.rmtree(leftover)
 

@@ -20,6 +20,7 @@ from bench.checkpoint import (
     load_weights,
     newest_checkpoint,
     random_state,
+    remove_leftovers,
     save_checkpoint,
     set_random_state,
     tensor_bytes,
@@ -237,6 +238,8 @@ class Run:
 
     def _restore(self) -> None:
         """Take over the newest whole checkpoint, and drop the metrics of steps that are taken again."""
+        if self.world.is_first:
+            remove_leftovers(self.folder.checkpoints)
         checkpoint, notes = newest_checkpoint(self.folder.checkpoints, self.world)
         if notes and checkpoint is None:
             notes.append("no checkpoint is whole: the run starts again")

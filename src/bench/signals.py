@@ -38,12 +38,17 @@ class StopFlag:
     def at_once(self) -> Iterator[None]:
         """Inside, where nothing can be lost, a stop raises StopRequestedError without waiting for anyone to ask.
 
-        Code that swallows it there only delays it to the end of the block.
+        Code that swallows it there only delays it to the end of the block, and C code that makes another error of it
+        changes nothing: whatever ends the block after a stop is that stop.
         """
         self._is_urgent = True
         try:
             self._obey()
             yield
+        except Exception as error:
+            if self.received is None:
+                raise
+            raise StopRequestedError from error
         finally:
             self._is_urgent = False
         self._obey()
