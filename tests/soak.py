@@ -355,9 +355,9 @@ class Soak:
     def _fresh(
         self, recipe: str, folder: Path, number: signal.Signals | None, start_s: float, more_s: float
     ) -> tuple[int, float, float]:
-        """Exit code, seconds until the run's folder was there, and from then on.
+        """Exit code, seconds until the first line of metrics was there, and from then on.
 
-        The signal comes `more_s` after the folder, or `start_s` after the start where no more is wanted.
+        The signal comes `more_s` after that line, or `start_s` after the start where no more is wanted.
         """
         options = RECIPES[recipe][1]
         command = [sys.executable, "-c", "import sys; from bench.cli import main; sys.exit(main())", "train"]
@@ -369,7 +369,9 @@ class Soak:
             process = subprocess.Popen(command, stdout=log, stderr=log)
         if number is not None and not more_s:
             _wait(process, start_s)
-        while (number is None or more_s) and not (folder / "plan.yaml").exists() and process.poll() is None:
+        while (
+            (number is None or more_s) and not (folder / "metrics.jsonl").exists() and process.poll() is None
+        ):
             time.sleep(0.01)
         begun = time.monotonic()
         if number is not None:
