@@ -121,6 +121,7 @@ MUTATIONS = {
     "dropout": (BASE, 0.1),
     "targets": (BASE, ("q_proj",)),
     "num_virtual_tokens": (BASE.with_(method="prompt"), 7),
+    "init_adapter": (BASE, "runs/first"),
     "adapter_dtype": (BASE, "bfloat16"),
     "quant": (QLORA, "fp4"),
     "kbit_upcast": (QLORA.with_(kbit_upcast=False), True),

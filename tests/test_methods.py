@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from bench.build import build_model, drawn_parameters, trained_parameters
+from bench.init_adapter import start_from
 from bench.train import train
+from planner.checks import warnings
 from planner.errors import SetupError
 from planner.estimate import resolve
 from planner.inventory import take_inventory
 from planner.methods import find_method, methods
+from planner.planfile import read_plan
 from planner.setup import TrainSetup
 from tiny_llama import CONFIG, save_tiny_model, tiny_setup, write_rows
 
@@ -102,6 +107,15 @@ def test_keys_and_values_of_other_shapes_take_no_prefix() -> None:
         take_inventory(setup, resolve(setup))
 
 
+def test_a_rank_beyond_what_the_rate_was_found_with_is_warned_of() -> None:
+    large = tiny_setup(rank=256, learning_rate=None)
+    spec = resolve(large)
+    (warning,) = (line for line in warnings(large, spec) if "rank 256" in line)
+    assert "rslora" in warning
+    for calm in (large.with_(rank=64), large.with_(method="rslora"), large.with_(learning_rate=1e-4)):
+        assert not any("rank" in line for line in warnings(calm, spec))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("methods")
@@ -131,3 +145,72 @@ def test_a_run_leaves_an_adapter_that_peft_reads(folder: Path, tmp_path: Path, m
     summary = run(folder, tmp_path / "run", method)
     assert summary.artifact == "adapter"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def earlier(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a run's, with an adapter that has learned something."""
+    out = tmp_path_factory.mktemp("earlier")
+    model: Any = build_model(tiny_setup(model=str(folder / "model"), rank=4), weights=folder / "model")
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_()
+    model.peft_config["default"].base_model_name_or_path = str(folder / "model")
+    model.save_pretrained(out / "adapter", save_embedding_layers=False)
+    return out
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_an_earlier_adapter(folder: Path, earlier: Path, tmp_path: Path) -> None:
+    """One short step further, it is still that adapter; the plan in its folder says where it came from."""
+    own = {"init_adapter": str(earlier), "max_steps": 1, "learning_rate": 1e-6}
+    run(folder, tmp_path / "run", "lora", **own)
+    saved, new = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (earlier, tmp_path / "run"))
+    assert all(torch.allclose(saved[name], new[name], atol=1e-5) for name in saved)
+    assert read_plan(tmp_path / "run" / "plan.yaml").setup.init_adapter == str(earlier)
+
+
+def test_an_earlier_adapter_is_read_as_it_was(folder: Path, earlier: Path) -> None:
+    setup = tiny_setup(model=str(folder / "model"), rank=4, init_adapter=str(earlier))
+    model = build_model(setup, weights=folder / "model")
+    start_from(setup, model)
+    saved = load_file(earlier / "adapter" / "adapter_model.safetensors")
+    own = {name.replace(".default", ""): tensor for name, tensor in trained_parameters(model).items()}
+    assert saved.keys() == own.keys()
+    assert all(torch.equal(saved[name], own[name]) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank": 8}, "rank 4 there, 8 here"),
+        ({"method": "dora"}, "DoRA none there, True here"),
+        ({"targets": ["q_proj", "v_proj"]}, "targets .* there, q_proj, v_proj here"),
+    ],
+)
+def test_an_adapter_of_another_plan_is_refused_with_the_difference(
+    folder: Path, earlier: Path, changes: dict[str, Any], said: str
+) -> None:
+    own = {
+        "model": str(folder / "model"),
+        "method": "lora",
+        "rank": 4,
+        "init_adapter": str(earlier),
+        **changes,
+    }
+    setup = tiny_setup(**own)
+    model = build_model(setup)
+    with pytest.raises(SetupError, match=rf"init_adapter: .* isn't of this plan: .*{said}") as caught:
+        start_from(setup, model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_base_of_another_name_or_no_adapter_is_refused(folder: Path, earlier: Path, tmp_path: Path) -> None:
+    setup = tiny_setup(model="org/other", method="lora", rank=4, init_adapter=str(earlier))
+    model = build_model(setup.with_(model=CONFIG))
+    with pytest.raises(SetupError, match=r"base model .*model there, org/other here"):
+        start_from(setup, model)
+    with pytest.raises(SetupError, match="holds no adapter"):
+        start_from(setup.with_(init_adapter=str(tmp_path)), model)
+    with pytest.raises(SetupError, match="no adapter to go on from"):
+        setup.with_(method="full")

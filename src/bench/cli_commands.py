@@ -172,6 +172,11 @@ def bench_command(
 @click.option(
     "--eval-every", type=click.IntRange(min=1), metavar="STEPS", help="Default: before and after only."
 )
+@click.option(
+    "--init-adapter",
+    type=click.Path(file_okay=False),
+    help="Go on from an earlier run's adapter: its folder, or the run's.",
+)
 @device_option
 @force_option
 @trust_option
@@ -187,6 +192,7 @@ def train_command(
     allow_changes: bool,
     save_every: int | None,
     eval_every: int | None,
+    init_adapter: str | None,
     device: str | None,
     force: bool,
     trust_remote_code: bool,
@@ -198,7 +204,7 @@ def train_command(
     Exit code 33: interrupted after a checkpoint; 143: stopped before one could be written.
     """
     require_train_extra("train")
-    found = read_plan(plan, settings)
+    found = read_plan(plan, (*settings, f"init_adapter={init_adapter}") if init_adapter else settings)
     predicted = predict(found, machine_here(session, found, device), force=force)
     if predicted is not None:
         found = replace(found, predicted=summarise(predicted))

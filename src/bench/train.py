@@ -22,6 +22,7 @@ from bench.build import AUTO_CLASSES, build_model, check_runnable, inner_model
 from bench.checkpoint import saved_steps
 from bench.data import check_vocabulary
 from bench.host_memory import keep_freed_memory
+from bench.init_adapter import start_from
 from bench.launch import LostPeerError, PassedOnStop, is_rank, run_ranks
 from bench.loss import check_head
 from bench.metrics import memory_peaks
@@ -255,6 +256,9 @@ def _prepare(
         check_head(model)
     if setup.padding_free and setup.attention == "sdpa":
         check_isolation(model)
+    if setup.init_adapter is not None:
+        # A checkpoint, if there is one, takes its place.
+        start_from(setup, model)
     return Run(
         folder,
         data,

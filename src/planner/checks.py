@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from planner.errors import NotModelledError, SetupError
 from planner.families import attentions
-from planner.methods import check_method
+from planner.methods import check_method, find_method, peak_learning_rate
 from planner.optimizers import find_optimizer
 from planner.setup import TrainSetup
 from planner.specs import GpuProfile, Machine, ModelSpec
@@ -137,4 +137,15 @@ def warnings(setup: TrainSetup, model: ModelSpec) -> list[str]:
         )
     if setup.weights_dtype == "float32" and setup.autocast is None and setup.method != "full":
         found.append("frozen float32 weights take twice the memory of bfloat16 ones")
-    return found
+    return [*found, *_rank_warnings(setup)]
+
+
+def _rank_warnings(setup: TrainSetup) -> list[str]:
+    """A run of rank 256 diverged at LoRA's usual rate (paiml/aprender#2258), which was found with rank 64."""
+    method, rate = find_method(setup.method), peak_learning_rate(setup)
+    if method.proven_rank is None or setup.rank <= method.proven_rank or rate < method.learning_rate:
+        return []
+    return [
+        f"rank {setup.rank} may diverge at learning rate {rate:g}, which is proven up to rank {method.proven_rank}; "
+        f"use method rslora, whose scale suits large ranks (arXiv:2312.03732), or half the rate"
+    ]

@@ -27,6 +27,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "dropout",
         "targets",
         "num_virtual_tokens",
+        "init_adapter",
         "adapter_dtype",
         "quant",
         "kbit_upcast",

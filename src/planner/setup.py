@@ -56,6 +56,7 @@ class TrainSetup:
     dropout: float = _doc("dropout before the adapters", 0.0)
     targets: str | tuple[str, ...] = _doc("module names that get adapters, or all-linear", "all-linear")
     num_virtual_tokens: int = _doc("learned tokens ahead of each row (methods prompt and prefix)", 100)
+    init_adapter: str | None = _doc("earlier run's adapter to go on from", None)
     adapter_dtype: str = _doc("dtype of the adapters (PEFT's default is float32)", "float32")
     quant: str | None = _doc("quantisation of the frozen weights (qlora only)", None)
     kbit_upcast: bool = _doc("cast the 16-bit weights that stay unquantised to float32 (qlora only)", False)
@@ -219,6 +220,11 @@ def _check_combinations(setup: TrainSetup) -> None:
 
 
 _CONTRADICTIONS: tuple[tuple[str, Any, str], ...] = (
+    (
+        "init_adapter",
+        lambda s: s.init_adapter is not None and not s.uses_adapters,
+        "full fine-tuning has no adapter to go on from; name the earlier run's model/ as the model",
+    ),
     ("quant", lambda s: s.quant and s.method != "qlora", "only method qlora quantises the frozen weights"),
     (
         "sharding",

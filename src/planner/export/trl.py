@@ -289,6 +289,10 @@ def left_out(setup: TrainSetup) -> dict[str, str]:
 
 
 _OTHERWISE: dict[str, tuple[Callable[[TrainSetup], bool], str]] = {
+    "init_adapter": (
+        lambda s: s.init_adapter is not None,
+        "the script begins with a new adapter; load the earlier one with PeftModel.from_pretrained(is_trainable=True)",
+    ),
     "loss": (
         lambda s: s.loss != "chunked",
         "TRL always computes the loss in chunks, without all logits at once",

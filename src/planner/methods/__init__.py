@@ -116,7 +116,7 @@ class Method:
     first step by construction.
 
     `learning_rate` is the default peak, `large_learning_rate` that of models beyond planner.recipes' LARGE_MODEL_PARAMS
-    where it is another one, `learning_rate_source` where both come from. `words(setup)` says what decides the method's size.
+    where it is another one, `learning_rate_source` where both come from, `proven_rank` the largest rank that they were found with. `words(setup)` says what decides the method's size.
     """
 
     name: str
@@ -124,6 +124,7 @@ class Method:
     learning_rate: float
     learning_rate_source: str
     large_learning_rate: float | None = None
+    proven_rank: int | None = None
     trains_base: bool = False
     quantises_base: bool = False
     takes: Callable[[Matrix], bool] = every_linear

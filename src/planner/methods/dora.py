@@ -112,5 +112,6 @@ METHOD = replace(
     peft_config=peft_config,
     learning_rate=1e-4,
     large_learning_rate=None,
+    proven_rank=None,
     learning_rate_source="the authors' scripts (NVlabs/DoRA): 1e-4 on Llama-3-8B, 2e-4 on LLaMA-7B",
 )

@@ -89,5 +89,6 @@ METHOD = Method(
     zero_at_first=ZERO_AT_FIRST,
     learning_rate=2e-4,
     large_learning_rate=1e-4,
+    proven_rank=64,
     learning_rate_source="QLoRA paper, table 9 (arXiv:2305.14314): 2e-4 up to 13B, 1e-4 above",
 )

@@ -35,5 +35,6 @@ METHOD = replace(
     zero_at_first=(),
     learning_rate=1e-4,
     large_learning_rate=None,
+    proven_rank=None,
     learning_rate_source="PEFT's comparison of methods on MetaMathQA (Llama-3.2-3B, rank 32): 1e-4",
 )

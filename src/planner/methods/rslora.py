@@ -22,5 +22,6 @@ METHOD = replace(
     peft_config=peft_config,
     learning_rate=1e-4,
     large_learning_rate=None,
+    proven_rank=None,
     learning_rate_source="PEFT's comparison of methods on MetaMathQA (Llama-3.2-3B, rank 64, alpha 64): 1e-4",
 )
