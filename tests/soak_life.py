@@ -49,17 +49,17 @@ class Reporter:
         setattr(owner, name, watched)
 
     def watch_all(self) -> None:
-        from bench import checkpoint, run, runfolder, train
+        from bench import checkpoint, exam, position, run, runfolder, train
 
         self.watch(runfolder.RunFolder, "__enter__", "opening the folder")
         self.watch(train, "load_tokenizer", "loading the tokenizer")
         self.watch(train, "load_run_data", "reading data")
         self.watch(train, "build_model", "building the model")
-        self.watch(run.Run, "_restore", "resuming", lambda self: f"resumed {self.resumed_from or 0}")
+        self.watch(position.Position, "restore", "resuming", lambda self: f"resumed {self.resumed_from or 0}")
         self.watch(run.Run, "_take_step", "step")
         self.watch(run, "evaluate", "evaluation")
-        self.watch(run, "sample_answers", "answers")
-        self.watch(run, "save_checkpoint", "save", lambda root, step, *_: f"saved {step}")
+        self.watch(exam, "sample_answers", "answers")
+        self.watch(position, "save_checkpoint", "save", lambda root, step, *_: f"saved {step}")
         self.watch(checkpoint, "_write_files", "save: files")
         self.watch(checkpoint, "_remove", "save: deleting old ones")
         self.watch(train, "write_artifact", "writing the result")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny_llama import CONFIG, tiny_setup
 
 from planner.errors import SetupError
 from planner.estimate import resolve
 from planner.memory import MemoryModel
 from planner.setup import TrainSetup
+from tiny_llama import CONFIG, tiny_setup
 
 torch = pytest.importorskip("torch")
 

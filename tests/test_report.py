@@ -249,7 +249,15 @@ def write_run(folder: Path, summary: object = None) -> None:
     folder.mkdir()
     write_plan(folder / "plan.yaml", SETUP, "rtx-4090", {})
     lines = [{"kind": "step", "step": i, "loss": 3 - 0.1 * i, "rss_bytes": GIB} for i in range(1, 5)]
-    lines += [{"kind": "eval", "step": i, "loss": 3 - 0.2 * i} for i in (0, 4)]
+    lines += [{"kind": "eval", "step": i, "loss": 3 - 0.2 * i, "token_accuracy": 0.1 * i} for i in (0, 4)]
+    lines += [
+        {"kind": "sample", "step": i, "samples": [{"prompt": "asked", "answer": f"answer {i}"}]}
+        for i in range(8)
+    ]
+    lines += [
+        {"kind": "retry", "step": 2, "note": "out of memory: smaller steps"},
+        {"kind": "warning", "step": 3},
+    ]
     text = "\n".join(map(json.dumps, lines)) + '\n{"kind": "step", "step": NaN}\n[[[[\n{"kind'
     (folder / "metrics.jsonl").write_text(text)
     if summary is not None:
@@ -260,9 +268,10 @@ def test_a_run_is_reported_finished_or_not(tmp_path, monkeypatch, capsys, sketch
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "going")
     assert run(["report", "going", "--md", "a.md"]) == 0
-    assert "Not judged" in capsys.readouterr().out and "isn't finished" in Path("a.md").read_text().replace(
-        "\\", ""
-    )
+    text = Path("a.md").read_text().replace("\\", "")
+    assert "Not judged" in capsys.readouterr().out and "isn't finished" in text
+    shown = [i for i in range(8) if f"answer {i}" in text]
+    assert len(shown) == 6 and shown[0] == 0 and shown[-1] == 7 and "smaller steps" in text
     answer = {"prompt": HOSTILE, "answer": HOSTILE, "expected": None}
     summary = {
         "eval_before": {"loss": 3.0},

@@ -11,11 +11,13 @@ import torch
 
 from bench import loss as losses
 from bench.build import build_model, trained_parameters
+from bench.data import Example
+from bench.evaluate import evaluate
 from bench.optim import build_optimizer, build_schedule
 from bench.signals import StopRequestedError
 from bench.step import TrainStep, no_phase
 from planner.errors import SetupError
-from tiny_llama import CONFIG, count_trained, random_batch, tiny_setup
+from tiny_llama import CONFIG, VOCAB, count_trained, random_batch, tiny_setup
 
 pytestmark = pytest.mark.train
 
@@ -318,3 +320,31 @@ def test_an_evaluation_before_training_changes_no_step(quant: str) -> None:
         return train_losses(TrainStep(setup, model, build_optimizer(setup, model)))
 
     assert losses_after(True) == losses_after(False)
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": "chunked"}, {"packing": True}, {"eval_batch_size": 1}])
+def test_token_accuracy_is_the_share_of_labels_that_are_likeliest(changes: dict[str, Any]) -> None:
+    ids = [
+        torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length))
+        for length in (9, 14, 5)
+    ]
+    step = make_step(**changes)
+    examples = []
+    num_right = 0
+    for tokens in ids:
+        with torch.no_grad():
+            likeliest = step.model(input_ids=tokens[None]).logits[0].argmax(-1)
+        # every third label is the one that the model holds for likeliest, the others are the next token's
+        labels = torch.cat(
+            (
+                tokens[:1] * 0 - 100,
+                torch.where(torch.arange(1, len(tokens)) % 3 == 0, likeliest[:-1], tokens[1:]),
+            )
+        )
+        num_right += int((labels[1:] == likeliest[:-1]).sum())
+        examples.append(
+            Example(input_ids=tokens.int().numpy(), labels=labels.int().numpy(), group=str(len(tokens)))
+        )
+    found = evaluate(step, examples, pad_id=0)
+    assert num_right > 5
+    assert found.token_accuracy == pytest.approx(num_right / sum(len(tokens) - 1 for tokens in ids))

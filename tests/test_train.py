@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench import checkpoint, loss, run
+from bench import checkpoint, exam, loss, position, run
 from bench.checkpoint import newest_checkpoint
+from bench.divergence import Divergence
 from bench.step import TrainStep
 from bench.train import train
 from planner.errors import DataError, FinefitError, InterruptedRunError, SetupError, UsageError
@@ -152,11 +154,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 MOMENTS = {
     "first evaluation": (run, "evaluate", 1, 0),
-    "first sample": (run, "sample_answers", 1, 0),
+    "first sample": (exam, "sample_answers", 1, 0),
     "first micro-batch of a step": (TrainStep, "micro_step", 7, 3),
     "last micro-batch of a step": (TrainStep, "micro_step", 8, 4),
     "evaluation on the way": (run, "evaluate", 2, 4),
-    "save": (run, "save_checkpoint", 1, 3),
+    "save": (position, "save_checkpoint", 1, 3),
     "last evaluation": (run, "evaluate", 3, NUM_STEPS),
 }
 
@@ -426,26 +428,63 @@ def test_space_asked_for_covers_what_checkpoints_take(
         found, _ = newest_checkpoint(folder / "checkpoints")
         assert found is not None
         on_disk = sum(p.stat().st_size for p in found.path.glob("*.safetensors"))
-        asked = run.checkpoint_bytes(setup, found.weights)
+        asked = position.checkpoint_bytes(setup, found.weights)
         # small files: headers and code books weigh more than in any real run
         assert asked == pytest.approx(on_disk, rel=0.25)
-
-
-def nan_loss(model: Any, batch: Any, num_trained: int, phase: Any) -> torch.Tensor:
-    return loss.full_loss(model, batch, num_trained, phase) * torch.nan
 
 
 def zero_loss(model: Any, batch: Any, num_trained: int, phase: Any) -> torch.Tensor:
     return loss.full_loss(model, batch, num_trained, phase) * 0
 
 
-def test_a_loss_that_is_no_number_stops_the_run(
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_row(
     plan: Callable[..., TrainSetup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(loss.LOSSES, "full", nan_loss)
-    with pytest.raises(FinefitError, match=r"diverged at step 1.*lower learning_rate"):
-        quiet_train(plan(method="full"), tmp_path / "run")
+    """Rows with a 7 in them have no loss."""
+    seven = 4 + ord("7") - ord(" ")
+
+    def broken(model: Any, batch: Any, *args: Any) -> torch.Tensor:
+        is_hit = bool((batch["input_ids"] == seven).any())
+        return loss.full_loss(model, batch, *args) * (torch.nan if is_hit else 1.0)
+
+    monkeypatch.setitem(loss.LOSSES, "full", broken)
+    weights: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        run, "describe_batch", spy(run.describe_batch, lambda step, *_: weights.extend(step.parameters))
+    )
+    with pytest.raises(
+        FinefitError, match=r"diverged at step \d.*stopped-batch\.json.*lower learning_rate"
+    ) as caught:
+        quiet_train(plan(method="full", micro_batch_size=1, grad_accum_steps=12), tmp_path / "run")
+    assert caught.value.exit_code == 1
+    assert all(bool(w.isfinite().all()) for w in weights), "the weights are those before the step"
+    stopped = json.loads((tmp_path / "run/stopped-batch.json").read_text())
+    assert (stopped["loss"], stopped["step"]) == ("nan", metrics(tmp_path / "run", "stopped")[0]["step"])
+    assert any(row["loss"] == "nan" for row in stopped["rows"])
+    for row in stopped["rows"]:
+        assert (row["loss"] == "nan") == ("7" in row["text"])
+        assert row["place"].endswith(f"rows.jsonl:{row['row']}")
+        assert f"n {row['row'] - 1}" in row["text"]
     assert not (tmp_path / "run" / "model").exists()
+
+
+def spy(function: Any, look: Any) -> Any:
+    def spied(*args: Any) -> Any:
+        look(*args)
+        return function(*args)
+
+    return spied
+
+
+def test_a_loss_that_has_blown_up_stops_the_run(
+    plan: Callable[..., TrainSetup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Divergence, "see", lambda self, loss: "it grows" if self.begin else self.begin.append(loss)
+    )
+    with pytest.raises(FinefitError, match=r"diverged at step 2: it grows"):
+        quiet_train(plan(), tmp_path / "run")
+    assert len(json.loads((tmp_path / "run/stopped-batch.json").read_text())["rows"]) == 8
 
 
 def test_adapters_without_gradients_stop_the_run(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench import run
+from bench import position, run
 from bench import train as train_module
 from bench.checkpoint import newest_checkpoint
 from bench.metrics import MetricsLog
@@ -148,7 +148,8 @@ def test_torn_lines_of_metrics_are_left_out_and_counted(
     setup = cut_after_step_5(plan, tmp_path / "run", monkeypatch)
     path = tmp_path / "run" / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[1] = lines[1].replace(b'"step"', b'"stfp"', 2)
+    first = next(at for at, line in enumerate(lines) if b'"kind": "step"' in line)
+    lines[first] = lines[first].replace(b'"step"', b'"stfp"', 2)
     path.write_bytes(b"".join(lines) + b'{"kind": "step", "st')
     summary = quiet_train(setup, tmp_path / "run")
     assert summary.notes == ["metrics.jsonl: 2 torn lines are left out"]
@@ -218,9 +219,9 @@ def fills_up(
 
 
 FULL_AT = {
-    "first file of a checkpoint": (run, "save_checkpoint", 2, 0),
-    "later file of a checkpoint": (run, "save_checkpoint", 2, 150_000),
-    "end of a checkpoint": (run, "save_checkpoint", 2, 300_000),
+    "first file of a checkpoint": (position, "save_checkpoint", 2, 0),
+    "later file of a checkpoint": (position, "save_checkpoint", 2, 150_000),
+    "end of a checkpoint": (position, "save_checkpoint", 2, 300_000),
     "plan": (RunFolder, "_settle_plan", 1, 0),
     "metrics": (MetricsLog, "write", 5, 0),
     "result": (train_module, "write_artifact", 1, 0),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bench.divergence import SUSTAINED, WINDOW, Divergence
 from bench.early_stop import HeldOut
-from bench.pace import Pace
+from bench.progress import Pace
 from bench.watch import JUDGED_STEPS, WARMUP_STEPS, Watch, bounds_of
 from planner.errors import UsageError
 from tiny_llama import tiny_setup
@@ -124,19 +124,24 @@ class Doubts:
 
 
 def judged(
-    device_type: str = "cuda", host: Any = None, retry: bool = False, **step: Any
+    freed_bytes: Any = lambda: None,
+    device_type: str = "cuda",
+    host: Any = None,
+    retry: bool = False,
+    **step: Any,
 ) -> dict[str, list[str]]:
     """Causes by quantity, after steps like this one."""
     said: dict[str, list[str]] = {}
     lines: list[str] = []
 
-    def report(line: str, values: Any) -> None:
+    def report(kind: str, values: Any) -> None:
+        assert kind == "warning"
         assert values["quantity"] not in said, "once"
         said[values["quantity"]] = values["causes"]
-        lines.append(line)
+        lines.append(values["note"])
 
     bounds = bounds_of(PREDICTED, device_type)
-    watch = Watch(bounds=bounds, setup=SETUP, report=report, host=host)
+    watch = Watch(bounds=bounds, setup=SETUP, report=report, host=host, freed_bytes=freed_bytes)
     if retry:
         watch("retry", {"step": 0})
     for at in range(2 * (WARMUP_STEPS + JUDGED_STEPS)):
@@ -150,7 +155,7 @@ def judged(
 
 def test_inside_the_interval_nothing_is_said() -> None:
     assert judged(peak_allocated_bytes=119, step_s=1.9) == {}
-    assert judged("cpu", rss_bytes=169) == {}
+    assert judged(device_type="cpu", rss_bytes=169) == {}
 
 
 def test_causes_are_what_was_seen() -> None:
@@ -164,8 +169,10 @@ def test_causes_are_what_was_seen() -> None:
 
 
 def test_the_cpu_s_memory_is_only_seen_between_steps() -> None:
-    assert judged("cpu", rss_bytes=10) == {}
-    assert judged("cpu", rss_bytes=171) == {"memory": []}
+    assert judged(device_type="cpu", rss_bytes=10) == {}
+    assert judged(device_type="cpu", rss_bytes=171) == {"memory": []}
+    (kept,) = judged(lambda: 15, "cpu", rss_bytes=171)["memory"]
+    assert "C library" in kept
 
 
 @pytest.mark.parametrize("broken", [{}, {"memory": 3, "time": []}, {"memory": {"peak_allocated_bytes": "x"}}])

@@ -54,8 +54,11 @@ def save_checkpoint(
     *,
     keep: int = KEEP,
     world: World = ALONE,
+    spared_step: int | None = None,
 ) -> Path:
-    """Write `root/step-…`, then delete all but the newest `keep`. Raises FinefitError; earlier ones stay whole.
+    """Write `root/step-…`, then delete all but the newest `keep` and that of `spared_step`.
+
+    Raises FinefitError; earlier ones stay whole.
 
     Later ones go too: they are torn, or of a course that was given up, and would otherwise count as the newest.
     `state` may nest dicts, lists and tuples of tensors, numbers, strings and None. Each rank gives what it saves; when
@@ -76,7 +79,8 @@ def save_checkpoint(
         aside.rename(target)
         sync(root, root.parent)
         for old in [p for p in _folders(root) if _step_of(p) > step] + _folders(root, step)[keep:]:
-            _remove(old)
+            if _step_of(old) != spared_step:
+                _remove(old)
 
     def write() -> None:
         _write_files(_own_folder(aside, world.rank), weights, state)
@@ -122,6 +126,13 @@ def _newest_step(root: Path) -> tuple[int, list[str]]:
             return _step_of(folder), notes
         notes.append(f"checkpoint {folder.name} is torn ({fault}) and is skipped")
     return 0, notes
+
+
+def read_checkpoint(root: Path, step: int, world: World = ALONE) -> Checkpoint | None:
+    """This rank's part of the checkpoint of a step, None where it isn't there whole."""
+    folder = root / f"{_PREFIX}{step:06d}"
+    is_torn = world.is_first and _fault(folder) is not None
+    return None if world.any(is_torn) else _read(folder, world)
 
 
 def load_weights(parameters: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:

@@ -20,6 +20,7 @@ from bench.cli_data import COMMANDS as DATA_COMMANDS
 from bench.cli_machine import COMMANDS as MACHINE_COMMANDS
 from bench.cli_trace import COMMANDS as TRACE_COMMANDS
 from bench.cli_trace import trace_with_bar
+from bench.cli_train import COMMANDS as TRAIN_COMMANDS
 from bench.extras import missing_extra
 from planner import __version__
 from planner.cli import COMMANDS as PLANNER_COMMANDS
@@ -70,6 +71,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 for _command in (
     *PLANNER_COMMANDS,
     *RUN_COMMANDS,
+    *TRAIN_COMMANDS,
     *COMPARE_COMMANDS,
     *CALIBRATE_COMMANDS,
     *DATA_COMMANDS,

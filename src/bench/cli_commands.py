@@ -1,10 +1,7 @@
-"""The commands that run something here: `bench`, `train` and `hw`. Each parses, calls and prints; heavy modules are imported inside."""
+"""The commands that run something here: `bench` and `hw`. Each parses, calls and prints; heavy modules are imported inside."""
 
 from __future__ import annotations
 
-import os
-import sys
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +10,16 @@ import click
 
 from bench.extras import require_train_extra
 from planner.cli_options import SectionedCommand, Session, json_option, trust_option
-from planner.cli_plan import set_option, summarise
+from planner.cli_plan import set_option
 from planner.errors import DoesNotFitError, NotModelledError
-from planner.planfile import PlanFile, read_plan
-from planner.render import format_json, terminal_width
+from planner.planfile import PlanFile
+from planner.render import format_json
 from planner.results import Estimate
 
 if TYPE_CHECKING:
     from planner.specs import Machine
 
-_plan_argument = click.argument("plan", metavar="PLAN.YAML", type=click.Path(path_type=Path))
+plan_argument = click.argument("plan", metavar="PLAN.YAML", type=click.Path(path_type=Path))
 device_option = click.option("--device", type=click.Choice(("cuda", "cpu")), help="Default: what is there.")
 force_option = click.option("--force", is_flag=True, help="Run even if it is predicted not to fit.")
 
@@ -159,78 +156,6 @@ def bench_command(
     return bench.run_all(found.cells, repeat, resume=resume)
 
 
-@click.command("train", cls=SectionedCommand, epilog="Example: finefit train plan.yaml --out runs/first")
-@_plan_argument
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the run (default: runs/NAME of the plan)."
-)
-@click.option("--no-resume", is_flag=True, help="Insist on a new folder.")
-@click.option("--allow-changes", is_flag=True, help="Go on under a plan that differs from the folder's.")
-@click.option(
-    "--save-every", type=click.IntRange(min=1), metavar="STEPS", help="Default: a tenth of the run."
-)
-@click.option(
-    "--eval-every", type=click.IntRange(min=1), metavar="STEPS", help="Default: before and after only."
-)
-@click.option(
-    "--init-adapter",
-    type=click.Path(file_okay=False),
-    help="Go on from an earlier run's adapter: its folder, or the run's.",
-)
-@device_option
-@force_option
-@trust_option
-@set_option
-@json_option
-@click.pass_obj
-def train_command(
-    session: Session,
-    /,
-    plan: Path,
-    out: Path | None,
-    no_resume: bool,
-    allow_changes: bool,
-    save_every: int | None,
-    eval_every: int | None,
-    init_adapter: str | None,
-    device: str | None,
-    force: bool,
-    trust_remote_code: bool,
-    settings: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Fine-tune as the plan says. The same command again resumes a run that was stopped.
-
-    Exit code 33: interrupted after a checkpoint; 143: stopped before one could be written.
-    """
-    require_train_extra("train")
-    found = read_plan(plan, (*settings, f"init_adapter={init_adapter}") if init_adapter else settings)
-    predicted = predict(found, machine_here(session, found, device), force=force)
-    if predicted is not None:
-        found = replace(found, predicted=summarise(predicted))
-    from bench.cli_text import format_summary
-    from bench.train import train
-
-    folder = out or Path("runs") / plan.stem
-    # libraries print where they please, and stdout is for the answer
-    with redirect_stdout(sys.stderr):
-        summary = train(
-            found,
-            folder,
-            resume=not no_resume,
-            allow_changes=allow_changes,
-            device=device,
-            save_every_steps=save_every,
-            eval_every_steps=eval_every,
-            trust_remote_code=trust_remote_code,
-        ).to_json()
-    # torchrun starts this command once per GPU
-    if os.environ.get("RANK", "0") == "0":
-        click.echo(
-            format_json(summary) if as_json else format_summary(summary, str(folder), terminal_width())
-        )
-
-
 @click.command("hw", cls=SectionedCommand, epilog="Example: finefit hw")
 @json_option
 def hw_command(as_json: bool) -> None:
@@ -245,4 +170,4 @@ def hw_command(as_json: bool) -> None:
     click.echo(format_json(report) if as_json else format_report(report))
 
 
-COMMANDS: tuple[click.Command, ...] = (bench_command, train_command, hw_command)
+COMMANDS: tuple[click.Command, ...] = (bench_command, hw_command)

@@ -197,8 +197,17 @@ def _evaluation_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("held-out loss", f"{before['loss']:.3f} before, {after['loss']:.3f} after"),
         ("perplexity", f"{before['perplexity']:.2f} before, {after['perplexity']:.2f} after"),
+        *_accuracy_facts(before, after),
         ("judged on", f"{after['num_trained_tokens']:,} tokens of {after['num_examples']} held-out rows"),
     ]
+
+
+def _accuracy_facts(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Nothing where the loss doesn't show its logits."""
+    shares = [entry.get("token_accuracy") for entry in (before, after)]
+    if None in shares:
+        return []
+    return [("token accuracy", f"{shares[0]:.1%} before, {shares[1]:.1%} after")]
 
 
 def _format_measured(summary: Mapping[str, Any], width: int | None) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections import deque
 from dataclasses import dataclass, field
 
 WINDOW = 50
@@ -26,31 +26,32 @@ class Divergence:
     Too high is above the best stretch of the run by SPREADS, and also above where the run began: a model that is
     worse than before training, for SUSTAINED steps, isn't learning. The second bound holds where the spread is
     nearly nothing, as on data that is learned by heart; the best stretch, and not the latest, catches a slow climb.
+    The fields are plain values, so that a checkpoint can carry them.
     """
 
-    _begin: list[float] = field(default_factory=list)
-    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=SUSTAINED))
-    _window: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    _best: tuple[float, float] | None = None
+    begin: list[float] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+    window: list[float] = field(default_factory=list)
+    best: tuple[float, float] | None = None
 
     def see(self, loss: float) -> str | None:
         """Take a step's loss; why the run has diverged, None while it hasn't."""
-        if len(self._begin) < BEGINNING:
-            self._begin.append(loss)
-        if len(self._recent) == SUSTAINED:
-            self._window.append(self._recent[0])
-        self._recent.append(loss)
-        if len(self._window) < WINDOW:
+        if len(self.begin) < BEGINNING:
+            self.begin.append(loss)
+        self.recent.append(loss)
+        self.window += self.recent[:-SUSTAINED]
+        del self.recent[:-SUSTAINED], self.window[:-WINDOW]
+        if len(self.window) < WINDOW:
             return None
-        self._best = min(self._best or (float("inf"), 0.0), _middle(self._window))
+        self.best = min(self.best or (math.inf, 0.0), _middle(self.window))
         return self._verdict()
 
     def _verdict(self) -> str | None:
-        assert self._best is not None
-        median, spread = self._best
-        began = statistics.median(self._begin)
+        assert self.best is not None
+        median, spread = self.best
+        began = statistics.median(self.begin)
         limit = max(median + SPREADS * spread, began)
-        if min(self._recent) <= limit:
+        if min(self.recent) <= limit:
             return None
         return (
             f"the last {SUSTAINED} losses are all above {limit:.4g}; it began at {began:.4g} and its best "
@@ -58,7 +59,7 @@ class Divergence:
         )
 
 
-def _middle(losses: deque[float]) -> tuple[float, float]:
+def _middle(losses: list[float]) -> tuple[float, float]:
     """The median, and the spread as a standard deviation would say it."""
     median = statistics.median(losses)
     return median, MAD_TO_SPREAD * statistics.median(abs(loss - median) for loss in losses)

@@ -1,4 +1,4 @@
-"""Loss and perplexity on held-out examples, per trained token."""
+"""Loss, perplexity and accuracy on held-out examples, per trained token."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bench.accuracy import counting_hits
 from bench.batching import micro_batch, num_trained_tokens
 from bench.data import Example
 from bench.signals import StopRequestedError
@@ -20,12 +21,21 @@ from planner.setup import TrainSetup
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """`loss` is the mean cross-entropy (nats) of the trained tokens, `perplexity` its exponential."""
+    """`loss` is the mean cross-entropy (nats) of the trained tokens, `perplexity` its exponential, `token_accuracy` the
+    share of them that the model holds for the likeliest (None where the loss doesn't show its logits).
+    """
 
     loss: float
     perplexity: float
     num_trained_tokens: int
     num_examples: int
+    token_accuracy: float | None = None
+
+    @property
+    def text(self) -> str:
+        """In a few words."""
+        right = "" if self.token_accuracy is None else f", token accuracy {self.token_accuracy:.1%}"
+        return f"loss {self.loss:.3f}, perplexity {self.perplexity:.2f}{right}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -40,7 +50,7 @@ def evaluate(
     Changes neither the model nor the random generators. Asks the step's `should_stop` between batches and
     raises StopRequestedError.
     """
-    total_loss, num_trained = 0.0, 0
+    total_loss, num_trained, num_right = 0.0, 0, 0
     was_training = step.model.training
     step.model.eval()
     try:
@@ -50,21 +60,24 @@ def evaluate(
                 rows = own or batches[0]
                 batch = micro_batch(step.setup.with_(compile=False), rows, pad_id=pad_id)
                 on_device = {name: tensor.to(step.device) for name, tensor in batch.items()}
-                loss = float(step.forward(on_device, 1))
+                with counting_hits() as hits:
+                    loss = float(step.forward(on_device, 1))
                 if own is not None:
                     total_loss += loss
                     num_trained += num_trained_tokens(rows)
+                    num_right += int(sum(hits))
                 if step.should_stop():
                     raise StopRequestedError
     finally:
         step.model.train(was_training)
-    total_loss, total_trained = world.total(total_loss, num_trained)
+    total_loss, total_trained, total_right = world.total(total_loss, num_trained, num_right)
     loss, num_trained = total_loss / total_trained, int(total_trained)
     return Evaluation(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
         num_trained_tokens=num_trained,
         num_examples=len(examples),
+        token_accuracy=total_right / total_trained if hits else None,
     )
 
 

@@ -28,6 +28,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     ),
     "export": ("trl", "deepspeed"),
     "plot": ("matplotlib", "jinja2"),
+    "tensorboard": ("tensorboard",),
 }
 """What `pip install 'finefit[EXTRA]'` makes importable."""
 

@@ -24,3 +24,42 @@ def keep_freed_memory() -> None:
     libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
     libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_BYTES)
     libc.mallopt(_M_TOP_PAD, _PAD_BYTES)
+
+
+def give_back_freed_memory() -> None:
+    """Return to the system what malloc has kept of freed memory, after a step that found too little."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def kept_bytes() -> int | None:
+    """Freed memory that malloc keeps; None where it doesn't say (glibc before 2.33, other C libraries)."""
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        return None
+    libc.mallinfo2.restype = _Mallinfo2
+    return int(libc.mallinfo2().fordblks)
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's struct of that name (malloc.h)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            [
+                "arena",
+                "ordblks",
+                "smblks",
+                "hblks",
+                "hblkhd",
+                "usmblks",
+                "fsmblks",
+                "uordblks",
+                "fordblks",
+                "keepcost",
+            ]
+        )
+    )

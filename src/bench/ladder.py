@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from bench.host_memory import give_back_freed_memory
+from planner.errors import FinefitError
 from planner.setup import TrainSetup
 from planner.units import format_bytes
 
@@ -58,6 +60,16 @@ class Shortage:
         return f"out of memory ({self.phase}{missing})"
 
 
+class ShortOfMemoryError(FinefitError):
+    """A run can't go on in memory as it is: what was lacking, for who starts it again with a smaller step."""
+
+    exit_code = 3
+
+    def __init__(self, shortage: Shortage) -> None:
+        self.shortage = shortage
+        super().__init__(shortage)
+
+
 def _num_bytes(found: re.Match[str]) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
@@ -96,8 +108,9 @@ def attempt(call: Callable[[], T], phase: Callable[[], str]) -> T | Shortage:
 
 
 def release() -> None:
-    """Give back what is no longer used: reference cycles, and the blocks that CUDA's allocator keeps."""
+    """Give back what is no longer used: reference cycles, and what the allocators keep of freed memory."""
     gc.collect()
+    give_back_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -105,6 +118,14 @@ def release() -> None:
 def is_repeatable(setup: TrainSetup, phase: str) -> bool:
     """Whether nothing was trained yet when a step failed in this phase, so that it can be taken again."""
     return phase != "optimizer" and not (setup.optimizer_in_backward and phase == "backward")
+
+
+def rung_after(setup: TrainSetup, shortage: Shortage) -> TrainSetup | None:
+    """The setup to try after this shortage; None where no smaller batch would help."""
+    if shortage.phase == "eval":
+        return next_eval_rung(setup)
+    # weights, gradients and optimizer states are as large whatever the batch is
+    return None if shortage.phase in ("load", "optimizer") else next_rung(setup)
 
 
 def next_rung(setup: TrainSetup) -> TrainSetup | None:
@@ -133,9 +154,14 @@ def changed_fields(before: TrainSetup, after: TrainSetup) -> dict[str, Any]:
     return {name: value for name, value in new.items() if old[name] != value}
 
 
-def describe_change(before: TrainSetup, after: TrainSetup) -> str:
-    """`micro_batch_size 4 -> 2, grad_accum_steps 2 -> 4`."""
-    old = before.to_dict()
-    return ", ".join(
-        f"{name} {old[name]} -> {value}" for name, value in changed_fields(before, after).items()
-    )
+def retry_entry(before: TrainSetup, after: TrainSetup, shortage: Shortage, step: int) -> dict[str, Any]:
+    """What metrics.jsonl keeps of a rung that was taken after `step` steps; `note` says it in a line."""
+    old, changes = before.to_dict(), changed_fields(before, after)
+    words = ", ".join(f"{name} {old[name]} -> {value}" for name, value in changes.items())
+    return {
+        "step": step,
+        "phase": shortage.phase,
+        "missing_bytes": shortage.missing_bytes,
+        "changes": changes,
+        "note": f"{shortage} after step {step}: going on with {words}",
+    }

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from bench.accuracy import count_hits
 from bench.build import inner_model
 from planner.errors import MissingExtraError, NotModelledError, SetupError
 from planner.lowering import LOSS_CHUNK_TOKENS
@@ -45,6 +46,8 @@ def full_loss(model: nn.Module, batch: Batch, num_trained: float, phase: Phase) 
             num_items_in_batch=num_trained,
             **({"shift_labels": labels} if _is_aligned(inner) else {}),
         )
+        after = 0 if _is_aligned(inner) else 1
+        count_hits(logits[:, : logits.shape[1] - after], batch["labels"][:, after:])
     return loss
 
 
@@ -244,6 +247,7 @@ class _Chunk:
         self._slope = self._cap(wide, with_grad)
         at_label = wide.gather(1, labels.clamp(min=0)[:, None])
         highest = wide.amax(1, keepdim=True)
+        count_hits(wide, labels)
         self._exp = wide.sub_(highest).exp_()
         self._sum = self._exp.sum(1, keepdim=True)
         losses = highest + self._sum.log() - at_label

@@ -194,7 +194,7 @@ class _EngineStep(_RankStep):
             self.model.backward(loss, scale_wrt_gas=False)
         return loss.detach()
 
-    def update(self) -> torch.Tensor | None:
+    def update(self, loss: torch.Tensor) -> torch.Tensor | None:
         """Clip, step, free the gradients; the gradients' norm before clipping, None without clipping."""
         self.model.step()
         norm = self.model.get_global_grad_norm()

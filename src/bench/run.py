@@ -4,39 +4,42 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from bench.build import drawn_parameters, trained_parameters
-from bench.chat import sample_answers
-from bench.checkpoint import (
-    KEEP,
-    Checkpoint,
-    check_disk,
-    load_weights,
-    newest_checkpoint,
-    random_state,
-    remove_leftovers,
-    save_checkpoint,
-    set_random_state,
-    tensor_bytes,
+from bench.build import switch_checkpointing, trained_parameters
+from bench.checkpoint import check_disk, random_state
+from bench.data import Example
+from bench.evaluate import Evaluation, evaluate
+from bench.exam import Exam
+from bench.ladder import (
+    PhaseNow,
+    Shortage,
+    ShortOfMemoryError,
+    attempt,
+    is_repeatable,
+    retry_entry,
+    rung_after,
 )
-from bench.evaluate import evaluate
-from bench.metrics import MetricsLog, Progress, memory_now
+from bench.metrics import MetricsLog, memory_now
 from bench.optim import build_schedule
-from bench.rundata import RunData, StepBatch
+from bench.position import Position, RunState
+from bench.progress import Pace, Progress
+from bench.run_options import RunOptions
+from bench.rundata import RunData
 from bench.runfolder import RunFolder
 from bench.signals import StopFlag, StopRequestedError
-from bench.step import StepResult
+from bench.stopped import FILE, DivergedError, describe_batch, has_bad_numbers, write_stopped_batch
+from bench.tensorboard import TensorBoard
+from bench.watch import expected_figures, watch_for
 from bench.world import ALONE, World
 from planner.errors import FinefitError, InterruptedRunError
 from planner.methods import find_method
-from planner.optimizers import find_optimizer
-from planner.setup import TrainSetup
+
+T = TypeVar("T")
 
 SAVES_PER_RUN = 10
 """Checkpoints of a run whose caller names no interval."""
@@ -48,24 +51,8 @@ class UnsavedRunError(FinefitError):
     exit_code = 143
 
 
-@dataclass(kw_only=True, slots=True)
-class RunState:
-    """Where a run is; what a checkpoint carries beside tensors. Times in seconds, tokens without padding."""
-
-    step: int = 0
-    num_tokens: int = 0
-    num_trained_tokens: int = 0
-    train_s: float = 0.0
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-
-
 class Run:
-    """A model being trained in a folder.
-
-    `save_every_steps` and `eval_every_steps` count optimizer steps; the second None evaluates before and after
-    only.
-    """
+    """A model being trained in a folder. `prompts` None asks the first held-out rows."""
 
     def __init__(
         self,
@@ -75,129 +62,238 @@ class Run:
         tokenizer: Any,
         *,
         stop: StopFlag,
-        progress: bool = True,
-        save_every_steps: int | None = None,
-        eval_every_steps: int | None = None,
+        options: RunOptions,
+        prompts: Sequence[Example] | None = None,
         world: World = ALONE,
     ) -> None:
         self.setup, self.folder, self.data = data.setup, folder, data
-        self.model, self.tokenizer, self.stop = model, tokenizer, stop
+        self.model, self.tokenizer, self.stop, self.options = model, tokenizer, stop, options
         self.num_steps = data.num_steps
-        self.save_every_steps = save_every_steps or math.ceil(self.num_steps / SAVES_PER_RUN)
-        self.eval_every_steps = eval_every_steps
-        self.world = world
-        self.is_shown = progress and world.is_first
+        self.save_every_steps = options.save_every_steps or math.ceil(self.num_steps / SAVES_PER_RUN)
+        self.exam = Exam(num_steps=self.num_steps, rule=options.held_out, prompts=prompts)
+        self.pace = Pace(
+            num_steps=self.num_steps,
+            save_every_steps=self.save_every_steps,
+            eval_every_steps=options.held_out.every_steps,
+            is_evaluated=bool(data.held_out),
+        )
+        self.world, self.phase = world, PhaseNow()
         self.train_step = world.build_step(
             self.setup,
             model,
             schedule=build_schedule(self.setup, self.num_steps),
+            phase=self.phase,
             should_stop=stop,
             on_gradients=self._check_gradients,
+            # a rank by itself has only its share of the loss
+            before_update=self._check_numbers if world.size == 1 else None,
         )
         self.optimizer = self.train_step.optimizer
         self.device = self.train_step.device
         self.log = MetricsLog(folder.metrics)
-        self.state = RunState()
-        self.random = random_state()
-        self.saved_step: int | None = None
-        self.resumed_from: int | None = None
+        self.position = Position(
+            folder,
+            self.train_step,
+            model,
+            self.log,
+            data_sha256=data.sha256,
+            rule=options.held_out,
+            world=world,
+        )
+
+    @property
+    def state(self) -> RunState:
+        """Where the run is."""
+        return self.position.state
 
     def execute(self) -> None:
-        """Train to the end. Raises InterruptedRunError after a stop, FinefitError when the loss is no number."""
-        self._restore()
+        """Train to the end. Raises InterruptedRunError after a stop, DivergedError when the loss is no number or has
+        blown up, ShortOfMemoryError when no smaller step is left.
+        """
+        self.position.restore()
         if self.world.is_first:
-            check_disk(self.folder.root, self._needed_bytes())
-        self.progress = Progress(self.num_steps, self.state.step, self.is_shown)
-        if self.resumed_from is not None:
-            self.progress.say(f"going on after step {self.resumed_from} of {self.num_steps}")
+            check_disk(self.folder.root, self.position.needed_bytes())
+        self._listen()
+        if self.position.resumed_from is not None:
+            self.progress.say(f"going on after step {self.position.resumed_from} of {self.num_steps}")
         try:
             self._loop()
         except StopRequestedError:
             self._leave()
         finally:
-            self.progress.close()
+            self.log.close()
+
+    def _listen(self) -> None:
+        """Who is told of each line of metrics.jsonl."""
+        plan, kind = self.folder.plan, self.device.type
+        # a plan that was changed on the way is not the one that was predicted
+        predicted = {} if plan.before_retries else plan.predicted
+        expected = expected_figures(predicted, kind)
+        is_shown = self.options.progress and self.world.is_first
+        self.progress = Progress(self.pace, self.state.step, is_shown, expected)
+        if not self.world.is_first:
+            return
+        self.log.listeners = [self.progress, watch_for(predicted, self.setup, self.device, self._write)]
+        if self.options.tensorboard:
+            self.log.listeners.append(TensorBoard(self.folder.root, self.state.step))
+
+    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl; what it has to note is said at once."""
+        if self.world.is_first:
+            self.log.write(kind, values)
+            self.folder.note(*[values["note"]] if "note" in values else [])
 
     def _loop(self) -> None:
-        self._evaluate_if_due()
-        while self.state.step < self.num_steps:
+        self._examine_if_due()
+        while self.state.step < self.num_steps and not self.exam.is_over(self.state.evaluations):
             self._take_step()
             is_last = self.state.step == self.num_steps
             if is_last or self.state.step % self.save_every_steps == 0:
                 self._save()
             if self.stop():
                 raise StopRequestedError
-            self._evaluate_if_due()
+            self._examine_if_due()
+        self._end()
+
+    def _end(self) -> None:
+        """After the last step, or before it where more wouldn't help."""
+        if self.state.step < self.num_steps and self.world.is_first:
+            patience = self.options.held_out.patience
+            self.folder.note(
+                f"ended after step {self.state.step}: {patience} evaluations without a lower loss"
+            )
+        if not self.position.is_saved:
+            self._save()
 
     def _take_step(self) -> None:
+        values = self._until_it_fits(self._try_step, lambda: self.phase.name)
+        self.train_step.on_gradients = None
+        self.state.step += 1
+        self.state.num_tokens += values["tokens"]
+        self.state.num_trained_tokens += values["trained_tokens"]
+        self.state.train_s += values["step_s"]
+        self._record(values)
+        self.position.random = random_state()
+
+    def _try_step(self) -> dict[str, Any]:
+        """What metrics.jsonl says of the step; its tensors end here."""
+        self.phase.name = "batch"
         batch = self.data.step_batch(self.state.step, self.device, self.world)
         started = time.perf_counter()
         result = self.train_step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
         loss = float(result.loss)
         step_s = time.perf_counter() - started
-        self.state.step += 1
-        self.state.num_tokens += batch.num_tokens
-        self.state.num_trained_tokens += batch.num_trained_tokens
-        self.state.train_s += step_s
-        self.train_step.on_gradients = None
-        self._record(batch, result, loss, step_s)
-        self.random = random_state()
+        return {
+            "step": self.state.step + 1,
+            "loss": loss,
+            "grad_norm": None if result.grad_norm is None else float(result.grad_norm),
+            "learning_rate": result.learning_rate,
+            "tokens": batch.num_tokens,
+            "trained_tokens": batch.num_trained_tokens,
+            "positions": batch.num_positions,
+            "step_s": step_s,
+            "tokens_per_s": batch.num_tokens / step_s,
+            **memory_now(self.device),
+        }
 
-    def _record(self, batch: StepBatch, result: StepResult, loss: float, step_s: float) -> None:
-        grad_norm = None if result.grad_norm is None else float(result.grad_norm)
-        tokens_per_s = batch.num_tokens / step_s
-        self._log(
-            "step",
-            {
-                "step": self.state.step,
-                "loss": loss,
-                "grad_norm": grad_norm,
-                "learning_rate": result.learning_rate,
-                "tokens": batch.num_tokens,
-                "trained_tokens": batch.num_trained_tokens,
-                "step_s": step_s,
-                "tokens_per_s": tokens_per_s,
-                **memory_now(self.device),
-            },
-        )
-        # float16's loss scaling skips steps whose gradients overflow; that is no fault
-        has_bad_norm = grad_norm is not None and not math.isfinite(grad_norm) and not self.train_step.scaler
-        if has_bad_norm or not math.isfinite(loss):
-            raise FinefitError(self._divergence(loss, grad_norm, result.learning_rate))
-        self.progress.step(self.state.step, loss, tokens_per_s, step_s)
+    def _until_it_fits(self, call: Callable[[], T], phase: Callable[[], str]) -> T:
+        """What the call returns, after as many rungs of the ladder as it takes."""
+        while True:
+            found = attempt(call, phase)
+            if not isinstance(found, Shortage):
+                return found
+            self._step_down(found)
 
-    def _log(self, kind: str, values: Mapping[str, Any]) -> None:
+    def _step_down(self, shortage: Shortage) -> None:
+        """Go on with the next rung; where there is none, a step was half taken or other ranks are in the midst of it,
+        whoever started the run must.
+        """
+        setup = rung_after(self.setup, shortage)
+        if self.world.size > 1 or not is_repeatable(self.setup, shortage.phase):
+            raise ShortOfMemoryError(shortage)
+        self.position.go_back()
+        if setup is None:
+            if self.state.step and not self.position.is_saved:
+                self._save()
+            raise ShortOfMemoryError(shortage)
+        entry = retry_entry(self.setup, setup, shortage, self.state.step)
+        self.folder.record_retry(setup)
+        self._write("retry", entry)
+        if setup.checkpointing != self.setup.checkpointing:
+            switch_checkpointing(setup, self.model)
+        self.setup = self.train_step.setup = setup
+        self.data = self.data.cut_as(setup)
+
+    def _record(self, values: Mapping[str, Any]) -> None:
+        self._write("step", values)
+        if self.world.size > 1:
+            self._check_numbers(values["loss"], values["grad_norm"], self.state.step)
+        reason = self.state.divergence.see(values["loss"])
+        if reason is not None:
+            self._give_up(self.state.step, reason, values["loss"], values["grad_norm"])
+
+    def _check_numbers(
+        self, loss: torch.Tensor | float, grad_norm: torch.Tensor | float | None, step: int | None = None
+    ) -> None:
+        """Before the update, so that no weight becomes nan; `step` where it is taken already."""
+        norm = None if grad_norm is None else float(grad_norm)
+        if has_bad_numbers(float(loss), norm, is_scaled=self.train_step.scaler is not None):
+            reason = "a loss or gradient that is no number"
+            self._give_up(step or self.state.step + 1, reason, float(loss), norm)
+
+    def _give_up(self, step: int, reason: str, loss: float, grad_norm: float | None) -> None:
+        """Write down the batch of the step, and raise DivergedError."""
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        rows = describe_batch(self.train_step, self.data, step - 1, self.tokenizer)
+        facts = {"step": step, "reason": reason, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+        path = self.folder.root / FILE
         if self.world.is_first:
-            self.log.write(kind, values)
-
-    def _divergence(self, loss: float, grad_norm: float | None, learning_rate: float) -> str:
-        saved = "no checkpoint was written" if self.saved_step is None else f"step {self.saved_step} is saved"
-        return (
-            f"training diverged at step {self.state.step}: loss {loss}, gradient norm {grad_norm} at learning rate "
-            f"{learning_rate:.3g}; lower learning_rate in a new run ({saved})"
+            write_stopped_batch(path, facts, rows)
+        self._write("stopped", facts)
+        saved_step = self.position.saved_step
+        saved = "no checkpoint was written" if saved_step is None else f"step {saved_step} is saved"
+        raise DivergedError(
+            f"training diverged at step {step}: {reason} (loss {loss}, gradient norm {grad_norm} at learning rate "
+            f"{rate:.3g}); {path} holds its rows; lower learning_rate in a new run ({saved})"
         )
 
-    def _evaluate_if_due(self) -> None:
-        """Before, after, and every `eval_every_steps`; not again after a resume."""
-        step, every = self.state.step, self.eval_every_steps
-        edge = "before" if step == 0 else "after" if step == self.num_steps else None
-        if not (edge or (every and step % every == 0)):
+    def _examine_if_due(self) -> None:
+        """Not again after a resume."""
+        step, state = self.state.step, self.state
+        if not self.exam.is_due(step):
             return
-        if self.data.held_out and all(e["step"] != step for e in self.state.evaluations):
-            self.progress.say(f"evaluating {len(self.data.held_out)} held-out examples")
-            evaluation = evaluate(
-                self.train_step, self.data.held_out, pad_id=self.data.pad_id, world=self.world
-            )
-            entry = {"step": step, **evaluation.to_dict()}
-            self.state.evaluations.append(entry)
-            self._log("eval", entry)
-            self.progress.say(
-                f"held out after step {step}: loss {evaluation.loss:.3f}, perplexity {evaluation.perplexity:.2f}"
-            )
+        if self.data.held_out and all(e["step"] != step for e in state.evaluations):
+            self._evaluate()
         # Ranks that hold parts of a model would have to answer in step.
-        if edge and edge not in self.state.samples and self.world.size == 1:
-            prompts = self.data.held_out or self.data.train
-            samples = sample_answers(self.model, self.tokenizer, prompts, should_stop=self.stop)
-            self.state.samples[edge] = [sample.to_dict() for sample in samples]
+        if str(step) not in state.samples and self.world.size == 1:
+            state.samples[str(step)] = self._answers()
+            self._write("sample", {"step": step, "samples": state.samples[str(step)]})
+        if self.exam.rule.best_step(state.evaluations) == step != self.position.saved_step:
+            self._save()
+
+    def _evaluate(self) -> None:
+        self.progress.say(f"evaluating {len(self.data.held_out)} held-out examples")
+        with self.pace.timing("eval"):
+            evaluation = self._until_it_fits(self._held_out_loss, lambda: "eval")
+        entry = {"step": self.state.step, **evaluation.to_dict()}
+        self.state.evaluations.append(entry)
+        self._write("eval", entry)
+        self.progress.say(f"held out after step {self.state.step}: {evaluation.text}")
+
+    def _held_out_loss(self) -> Evaluation:
+        data = self.data
+        return evaluate(self.train_step, data.held_out, pad_id=data.pad_id, world=self.world)
+
+    def _answers(self) -> list[dict[str, str]]:
+        """Prompts that the memory is too short for leave a note; no run should end for them."""
+        found = attempt(
+            lambda: self.exam.answers(self.train_step, self.model, self.tokenizer, self.data),
+            lambda: "answers",
+        )
+        if isinstance(found, Shortage):
+            self.folder.note(f"{found} after step {self.state.step}: the prompts were not answered")
+            return []
+        return found
 
     def _check_gradients(self, model: nn.Module) -> None:
         """After the first backward: every tensor that a method adds has a gradient, and none is zero that needn't be.
@@ -216,107 +312,18 @@ class Run:
                 raise FinefitError(f"the adapter tensor {name} gets no gradient: it would stay untrained")
 
     def _save(self) -> None:
-        weights, state = self.world.own(self._drawn()), self.world.pack(self._state_tree())
-        if self.world.is_replica:
-            weights, state = {}, {"random": self.random}
-        own_bytes = float(tensor_bytes(weights) + tensor_bytes(state))
-        check_disk(self.folder.root, round(self.world.total(own_bytes)[0]))
-        if self.world.is_first:
-            self.log.sync()
-        save_checkpoint(self.folder.checkpoints, self.state.step, weights, state, world=self.world)
-        self.saved_step = self.state.step
-
-    def _state_tree(self) -> dict[str, Any]:
-        scaler = self.train_step.scaler
-        return {
-            "run": asdict(self.state),
-            "random": self.random,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "data_sha256": self.data.sha256,
-        }
-
-    def _restore(self) -> None:
-        """Take over the newest whole checkpoint, and drop the metrics of steps that are taken again."""
-        if self.world.is_first:
-            remove_leftovers(self.folder.checkpoints)
-        checkpoint, notes = newest_checkpoint(self.folder.checkpoints, self.world)
-        if notes and checkpoint is None:
-            notes.append("no checkpoint is whole: the run starts again")
-        self.folder.note(*notes)
-        if checkpoint is not None:
-            self._take_over(checkpoint)
-        kept = {e["step"] for e in self.state.evaluations}
-        if not self.world.is_first:
-            return
-        num_torn = self.log.keep(
-            lambda e: e["step"] <= self.state.step if e["kind"] == "step" else e["step"] in kept
-        )
-        if num_torn:
-            self.folder.note(f"{self.log.path.name}: {num_torn} torn lines are left out")
-
-    def _take_over(self, checkpoint: Checkpoint) -> None:
-        state = self.world.unpack(checkpoint.state)
-        if state["data_sha256"] != self.data.sha256 and not self.folder.allow_changes:
-            raise FinefitError(
-                f"{self.setup.data} is not what it was when {checkpoint.path} was written; put the old data back, "
-                "choose another --out, or allow the changes"
-            )
-        load_weights(self.world.own(self._drawn()), checkpoint.weights)
-        try:
-            self.optimizer.load_state_dict(_mutable(state["optimizer"]))
-            if self.train_step.scaler is not None and state["scaler"]:
-                self.train_step.scaler.load_state_dict(state["scaler"])
-            self.state = RunState(**state["run"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise FinefitError(
-                f"{checkpoint.path} is of another finefit or another optimizer ({error}); choose another --out"
-            ) from error
-        self.random = state["random"]
-        set_random_state(self.random)
-        self.train_step.num_steps_done = self.state.step
-        self.saved_step = self.resumed_from = checkpoint.step
+        with self.pace.timing("save"):
+            self.position.save()
 
     def _leave(self) -> None:
         """Save where the run is and say that it can go on."""
         assert self.stop.received is not None
         name = self.stop.received.name
         try:
-            if self.saved_step != self.state.step:
+            if not self.position.is_saved:
                 self._save()
         except FinefitError as error:
             raise UnsavedRunError(f"stopped by {name}, and {error}") from error
         raise InterruptedRunError(
             f"stopped by {name} after step {self.state.step} of {self.num_steps}; the same command resumes"
         )
-
-    def whole_weights(self) -> dict[str, torch.Tensor]:
-        """What the run has made, gathered on the host; every rank must ask."""
-        return {name: self.world.whole(p) for name, p in self._drawn().items()}
-
-    def _drawn(self) -> dict[str, torch.nn.Parameter]:
-        self.world.split_again()
-        return drawn_parameters(self.setup, self.model)
-
-    def _needed_bytes(self) -> int:
-        """Disk: the checkpoints that stay, the one being written, and the final adapter or model."""
-        weights = drawn_parameters(self.setup, self.model)
-        return (KEEP + 1) * checkpoint_bytes(self.setup, weights) + tensor_bytes(weights)
-
-
-def checkpoint_bytes(setup: TrainSetup, weights: Mapping[str, torch.Tensor]) -> int:
-    """What one checkpoint takes on disk, before there is an optimizer state to look at."""
-    entry = find_optimizer(setup.optimizer)
-    has_masters = setup.master_weights == "float32"
-    total = 0
-    for tensor in weights.values():
-        element_bytes = 4 if has_masters else tensor.element_size()
-        dims = (tensor.shape[0], tensor.numel() // tensor.shape[0]) if tensor.ndim > 1 else None
-        total += tensor.numel() * (tensor.element_size() + 4 * has_masters)
-        total += entry.state_bytes(tensor.numel(), element_bytes, dims)
-    return total
-
-
-def _mutable(state: Any) -> dict[str, Any]:
-    """Optimizers take their state over by changing it."""
-    return dict(state)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -30,11 +30,12 @@ from planner.setup import TrainSetup
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepBatch:
-    """One optimizer step's micro-batches on the device. `num_tokens` are real ones, without padding."""
+    """One optimizer step's micro-batches on the device. `num_tokens` are real ones, `num_positions` with padding."""
 
     micro_batches: list[dict[str, Any]]
     num_tokens: int
     num_trained_tokens: int
+    num_positions: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,6 +57,15 @@ class RunData:
             return self.setup.max_steps
         return max(1, math.ceil(self.setup.epochs * self.batches.num_steps_per_epoch))
 
+    def cut_as(self, setup: TrainSetup) -> RunData:
+        """The same rows in the same order, in the setup's micro-batches of the same global batch."""
+        batches = replace(
+            self.batches,
+            micro_batch_size=setup.micro_batch_size,
+            grad_accum_steps=setup.grad_accum_steps * setup.num_gpus,
+        )
+        return replace(self, setup=setup, batches=batches)
+
     def step_batch(self, step: int, device: torch.device, world: World = ALONE) -> StepBatch:
         """The global batch of optimizer step `step`, counted from 0, with this rank's micro-batches of it; the same at
         every call. A rank that is one short takes the first once more, without labels.
@@ -72,6 +82,8 @@ class RunData:
             micro_batches=[{name: t.to(device) for name, t in batch.items()} for batch in collated],
             num_tokens=sum(map(num_real_tokens, rows)),
             num_trained_tokens=sum(map(num_trained_tokens, rows)),
+            # the ranks' shares are as large
+            num_positions=world.size * sum(batch["input_ids"].numel() for batch in collated),
         )
 
 

@@ -144,6 +144,10 @@ class RunFolder:
             self.note(f"the plan changed on the way: {'; '.join(changes)}")
         self._write_plan()
 
+    def follow(self) -> None:
+        """Take over the plan that another rank has settled."""
+        self._changes()
+
     def record_retry(self, setup: TrainSetup) -> None:
         """The run goes on with this setup, and a resumed one will; plan.yaml says what the plan was before."""
         old, new = self.plan.setup.to_dict(), setup.to_dict()

@@ -48,7 +48,8 @@ class TrainStep:
 
     `phase(name)` is entered around "forward", "loss", "backward" and "optimizer". `should_stop` is asked after
     each micro-batch but the last. `on_gradients(model)` sees the gradients before they are clipped (never with
-    optimizer_in_backward, which frees them at once). `num_steps_done` picks the learning rate; a resumed run
+    optimizer_in_backward, which frees them at once); `before_update(loss, grad_norm)` may raise, and the model is as
+    before the step (but for optimizer_in_backward, and under DeepSpeed, which updates by itself). `num_steps_done` picks the learning rate; a resumed run
     sets it.
     """
 
@@ -62,10 +63,11 @@ class TrainStep:
         phase: Phase = no_phase,
         should_stop: Callable[[], bool] = never,
         on_gradients: Callable[[nn.Module], None] | None = None,
+        before_update: Callable[[torch.Tensor, torch.Tensor | None], None] | None = None,
     ) -> None:
         self.setup, self.model, self.optimizer = setup, model, optimizer
         self.schedule, self.phase, self.should_stop = schedule, phase, should_stop
-        self.on_gradients = on_gradients
+        self.on_gradients, self.before_update = on_gradients, before_update
         self.num_steps_done = 0
         self.parameters = list(trained_parameters(model).values())
         self.device = self.parameters[0].device
@@ -86,10 +88,11 @@ class TrainStep:
             if number < len(micro_batches) and self.should_stop():
                 self.optimizer.zero_grad(set_to_none=True)
                 raise StopRequestedError
+        loss = torch.stack(losses).sum()
         with self.phase("optimizer"):
-            grad_norm = self.update()
+            grad_norm = self.update(loss)
         self.num_steps_done += 1
-        return StepResult(loss=torch.stack(losses).sum(), grad_norm=grad_norm, learning_rate=learning_rate)
+        return StepResult(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate)
 
     def exchange(self, is_last: bool) -> AbstractContextManager[Any]:
         """Entered around each micro-batch; several ranks exchange gradients in the last one only."""
@@ -107,13 +110,15 @@ class TrainStep:
         with autocast(self.setup, self.device):
             return self.loss(self.model, batch, num_trained_tokens, self.phase)
 
-    def update(self) -> torch.Tensor | None:
+    def update(self, loss: torch.Tensor) -> torch.Tensor | None:
         """Clip, step, free the gradients; the gradients' norm before clipping, None without clipping."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.on_gradients is not None and not self.setup.optimizer_in_backward:
             self.on_gradients(self.model)
         grad_norm = self._clip()
+        if self.before_update is not None:
+            self.before_update(loss, grad_norm)
         if self.scaler is None:
             self.optimizer.step()
         else:

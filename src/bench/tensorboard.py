@@ -11,6 +11,15 @@ from planner.errors import FinefitError, MissingExtraError
 FOLDER = "tensorboard"
 
 
+def require_tensorboard() -> Any:
+    """torch's writer of events. Raises MissingExtraError without the package that it needs."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("train --tensorboard", "tensorboard", "tensorboard") from error
+    return SummaryWriter
+
+
 class TensorBoard:
     """Writes every number of every entry as `kind/name`; a listener of MetricsLog.
 
@@ -19,12 +28,9 @@ class TensorBoard:
     """
 
     def __init__(self, run_folder: Path, first_step: int) -> None:
+        writer = require_tensorboard()
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MissingExtraError("train --tensorboard", "tensorboard", "tensorboard") from error
-        try:
-            self._writer = SummaryWriter(str(run_folder / FOLDER), purge_step=first_step + 1)
+            self._writer = writer(str(run_folder / FOLDER), purge_step=first_step + 1)
         except OSError as error:
             raise FinefitError(f"can't write {run_folder / FOLDER}: {error.strerror or error}") from error
 

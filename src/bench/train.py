@@ -6,13 +6,11 @@ of a run that was never stopped.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,64 +19,37 @@ from bench.attention import check_isolation
 from bench.build import AUTO_CLASSES, build_model, check_runnable, inner_model
 from bench.checkpoint import saved_steps
 from bench.data import check_vocabulary
+from bench.early_stop import HeldOut
+from bench.host import read_cpu, read_memory
 from bench.host_memory import keep_freed_memory
 from bench.init_adapter import start_from
+from bench.ladder import Shortage, ShortOfMemoryError, attempt, release, retry_entry, rung_after
 from bench.launch import LostPeerError, PassedOnStop, is_rank, run_ranks
 from bench.loss import check_head
-from bench.metrics import memory_peaks
+from bench.machine import cpu_machine, local_machine
+from bench.metrics import MetricsLog
+from bench.prompts import read_prompts
 from bench.quiet import quiet_libraries
 from bench.rank_laws import check_ranks
+from bench.remedy import nothing_left
 from bench.remote_code import trust_code
 from bench.run import Run, UnsavedRunError
+from bench.run_options import RunOptions
 from bench.rundata import RunData, load_run_data
 from bench.runfolder import RunFolder
 from bench.signals import StopFlag, StopRequestedError
+from bench.summary import RunSummary, summarise_run
+from bench.tensorboard import require_tensorboard
 from bench.weights import load_tokenizer, local_model
 from bench.world import SharedStop, World, joined, own_device
 from planner.errors import FinefitError, InterruptedRunError
 from planner.planfile import PlanFile
 from planner.setup import TrainSetup
+from planner.specs import Machine
 
-STACK = ("finefit", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
-"""The packages whose versions a summary names."""
+T = TypeVar("T")
 
-_WARMUP_STEPS = 2
-"""Steps that `measured` leaves out: memory is allocated and kernels are chosen in them."""
 _PROBE_TOKENS = 64
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunSummary:
-    """summary.json: what a finished run was, gave and took.
-
-    `predicted` is what the plan said. `measured`: `step_s` (median) and `tokens_per_s` (real tokens over the same
-    steps), peaks in bytes of the last session. Evaluations are {loss, perplexity, num_trained_tokens,
-    num_examples} or None without held-out data; samples are [{prompt, expected, answer}].
-    """
-
-    setup: Mapping[str, Any]
-    artifact: str
-    device: str
-    num_steps: int
-    num_tokens: int
-    num_trained_tokens: int
-    train_s: float
-    final_loss: float | None
-    eval_before: Mapping[str, Any] | None
-    eval_after: Mapping[str, Any] | None
-    sample_before: list[dict[str, str]]
-    sample_after: list[dict[str, str]]
-    predicted: Mapping[str, Any]
-    measured: Mapping[str, Any]
-    data: Mapping[str, Any]
-    versions: Mapping[str, str]
-    resumed_from: int | None = None
-    notes: list[str] = field(default_factory=list)
-    schema_version: int = 1
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that summary.json holds."""
-        return asdict(self)
 
 
 def train(
@@ -91,17 +62,27 @@ def train(
     device: str | None = None,
     save_every_steps: int | None = None,
     eval_every_steps: int | None = None,
+    patience: int | None = None,
+    keep_best: bool = False,
+    prompts: Path | None = None,
+    tensorboard: bool = False,
     trust_remote_code: bool = False,
 ) -> RunSummary:
     """Run a plan to its end in `out_dir`, or on from its newest checkpoint; a finished run's summary as it is.
 
     `resume=False` insists on a new folder; `allow_changes` goes on under a plan that differs from the folder's.
     `device` defaults to CUDA where torch sees it, else the CPU. `save_every_steps` defaults to a tenth of the
-    run; `eval_every_steps` adds evaluations to those before and after. `trust_remote_code` runs the code that the
-    model brings along. Progress goes to stderr.
+    run; `eval_every_steps` adds evaluations to those before and after, of which `patience` without a lower loss end
+    the run, and whose best `keep_best` makes the result. At each the model answers `prompts`, a file, or two held-out
+    rows. `tensorboard` writes events beside metrics.jsonl. `trust_remote_code` runs the code that the model brings
+    along. Progress goes to stderr.
 
-    Raises UsageError and SetupError (exit 2), DataError and FinefitError (1), and InterruptedRunError (33) when
-    SIGTERM or SIGINT stopped it after a checkpoint; UnsavedRunError (143) when none could be written.
+    A run that lacks memory goes on with smaller micro-batches and more accumulation, then with checkpointing, and
+    writes to its plan.yaml what it runs with.
+
+    Raises UsageError and SetupError (exit 2), DataError and FinefitError (1), DivergedError (1), DoesNotFitError (3)
+    where no smaller step is left, and InterruptedRunError (33) when SIGTERM or SIGINT stopped it after a checkpoint;
+    UnsavedRunError (143) when none could be written.
     """
     plan = PlanFile(setup=plan) if isinstance(plan, TrainSetup) else plan
     quiet_libraries()
@@ -109,43 +90,82 @@ def train(
     check_ranks(plan.setup, place, is_rank=is_rank())
     check_runnable(plan.setup, place)
     keep_freed_memory()
-    options = _Options(place, progress, save_every_steps, eval_every_steps, trust_remote_code)
+    options = RunOptions(
+        device=place,
+        progress=progress,
+        save_every_steps=save_every_steps,
+        held_out=HeldOut(every_steps=eval_every_steps, patience=patience, keep_best=keep_best),
+        prompts=prompts,
+        tensorboard=tensorboard,
+        trust_remote_code=trust_remote_code,
+    )
+    options.held_out.check(has_data=plan.setup.eval_fraction > 0)
+    if tensorboard:
+        require_tensorboard()
     folder = RunFolder(out_dir, plan, resume=resume, allow_changes=allow_changes)
     if plan.setup.num_gpus > 1 and not is_rank():
-        return _start_ranks(plan, folder, options)
+        return _start_ranks(folder, options)
     with StopFlag() as stop, joined(plan.setup) as world, entered(folder, world):
         finished = _finished(folder) if world.is_first else None
         if world.any(finished is not None):
             return finished or RunSummary(**folder.read_summary() or {})
-        return _run(plan, folder, options, world, stop)
+        if world.size > 1:
+            return _run(folder, options, world, stop)
+        return _until_it_fits(folder, options, lambda: _run(folder, options, world, stop))
 
 
-class _Options(NamedTuple):
-    """What of train's arguments every rank needs."""
+def _until_it_fits(folder: RunFolder, options: RunOptions, call: Callable[[], T]) -> T:
+    """What the run gives, begun again from its newest checkpoint with the next rung as often as it lacks memory.
 
-    device: str
-    progress: bool
-    save_every_steps: int | None
-    eval_every_steps: int | None
-    trust_remote_code: bool
+    Raises DoesNotFitError where the ladder ends.
+    """
+    while True:
+        try:
+            return call()
+        except ShortOfMemoryError as error:
+            shortage = error.shortage
+        # what the run held went with the frames of its error
+        release()
+        _step_down(folder, shortage, options.device)
 
 
-def _start_ranks(plan: PlanFile, folder: RunFolder, options: _Options) -> RunSummary:
+def _step_down(folder: RunFolder, shortage: Shortage, device: str) -> None:
+    before = folder.plan.setup
+    setup = rung_after(before, shortage)
+    if setup is None:
+        raise nothing_left(before, shortage, lambda: _machine(device, before.num_gpus))
+    entry = retry_entry(before, setup, shortage, next(iter(saved_steps(folder.checkpoints)), 0))
+    folder.record_retry(setup)
+    MetricsLog(folder.metrics).write("retry", entry)
+    folder.note(entry["note"])
+
+
+def _machine(device: str, num_gpus: int) -> Machine:
+    """This machine as the run uses it."""
+    found = local_machine() if device == "cuda" else cpu_machine(read_cpu(), read_memory())
+    return replace(found, num_gpus=num_gpus)
+
+
+def _start_ranks(folder: RunFolder, options: RunOptions) -> RunSummary:
     """Run all ranks from here, where the folder stays locked."""
     with PassedOnStop() as stop, folder:
         finished = _finished(folder)
         if finished is not None:
             return finished
-        values = {"setup": plan.setup.to_dict(), "gpu": plan.gpu, "predicted": dict(plan.predicted)}
-        place = (folder.root, folder.allow_changes, list(folder.notes))
+
+        def start() -> None:
+            values = {**_values(folder.plan), "setup": folder.plan.setup.to_dict()}
+            place = (folder.root, folder.allow_changes, list(folder.notes))
+            run_ranks(stop, folder.plan.setup.num_gpus, _run_rank, values, place, options)
+
         try:
-            run_ranks(stop, plan.setup.num_gpus, _run_rank, values, place, options)
+            _until_it_fits(folder, options, start)
         except StopRequestedError:
             raise _stopped(folder, stop) from None
         return RunSummary(**folder.read_summary() or {})
 
 
-def _run_rank(values: dict[str, Any], place: tuple[Path, bool, list[str]], options: _Options) -> None:
+def _run_rank(values: dict[str, Any], place: tuple[Path, bool, list[str]], options: RunOptions) -> None:
     """One of several ranks; the process that started them has locked the folder and settled its plan."""
     with StopFlag() as stop:
         quiet_libraries()
@@ -154,7 +174,12 @@ def _run_rank(values: dict[str, Any], place: tuple[Path, bool, list[str]], optio
         folder = RunFolder(root, plan, allow_changes=allow_changes)
         folder.notes += notes
         with joined(plan.setup) as world:
-            _run(plan, folder, options, world, stop)
+            _run(folder, options, world, stop)
+
+
+def _values(plan: PlanFile) -> dict[str, Any]:
+    """The fields of a plan as plain values."""
+    return {f.name: getattr(plan, f.name) for f in fields(plan)}
 
 
 @contextmanager
@@ -169,22 +194,26 @@ def entered(folder: RunFolder, world: World) -> Iterator[None]:
             refusal = error
         if world.any(refusal is not None):
             raise refusal or LostPeerError("the first rank can't use the folder; see its message")
+        if not world.is_first:
+            folder.follow()
         yield
 
 
-def _run(plan: PlanFile, folder: RunFolder, options: _Options, world: World, stop: StopFlag) -> RunSummary:
+def _run(folder: RunFolder, options: RunOptions, world: World, stop: StopFlag) -> RunSummary:
     """Train and leave the artifact and the summary, which every rank returns."""
-    setup = plan.setup
+    setup = folder.plan.setup
     if world.is_first:
         folder.note(*setup_notes(setup))
     if options.trust_remote_code:
         trust_code(setup, AUTO_CLASSES[setup.objective])
     try:
         with stop.at_once():
-            run = _prepare(setup, folder, own_device(options.device), options, world, stop)
+            run = attempt(lambda: _prepare(folder, options, world, stop), lambda: "load")
+        if isinstance(run, Shortage):
+            raise ShortOfMemoryError(run)
         run.execute()
         with stop.at_once():
-            return _finish(run, plan)
+            return _finish(run)
     except StopRequestedError:
         raise _stopped(folder, stop) from None
 
@@ -203,18 +232,19 @@ def _finished(folder: RunFolder) -> RunSummary | None:
         return None
 
 
-def _finish(run: Run, plan: PlanFile) -> RunSummary:
+def _finish(run: Run) -> RunSummary:
     """What the run leaves for use, written and read back by the first rank. The last step is saved, so a stop loses
     nothing here.
     """
-    weights = run.whole_weights() if run.world.splits_weights else None
+    setup, step = run.setup, run.position.take_best()
+    weights = run.position.whole_weights() if run.world.splits_weights else None
     if run.world.is_first:
-        artifact = write_artifact(plan.setup, run.model, run.tokenizer, run.folder.root, weights)
+        artifact = write_artifact(setup, run.model, run.tokenizer, run.folder.root, weights)
         if weights is None:
-            verify_artifact(plan.setup, run.model, artifact, _probe(run.data, run.device))
+            verify_artifact(setup, run.model, artifact, _probe(run.data, run.device))
         else:
-            verify_weights(plan.setup, run.model, artifact, weights)
-        run.folder.write_summary(_summarise(run, plan, artifact).to_json())
+            verify_weights(setup, run.model, artifact, weights)
+        run.folder.write_summary(summarise_run(run, artifact, step).to_json())
     run.world.wait()
     return RunSummary(**run.folder.read_summary() or {})
 
@@ -238,19 +268,14 @@ def setup_notes(setup: TrainSetup) -> list[str]:
     return notes
 
 
-def _prepare(
-    setup: TrainSetup,
-    folder: RunFolder,
-    device: torch.device,
-    options: _Options,
-    world: World,
-    stop: StopFlag,
-) -> Run:
+def _prepare(folder: RunFolder, options: RunOptions, world: World, stop: StopFlag) -> Run:
     """Data first, because its faults are found in seconds; then the model."""
+    setup = folder.plan.setup
     tokenizer = load_tokenizer(setup)
+    prompts = None if options.prompts is None else read_prompts(options.prompts, tokenizer, setup)
     with world.in_turn():
         data = load_run_data(setup, tokenizer)
-    model = build_model(setup, weights=_weights(setup), device=device)
+    model = build_model(setup, weights=_weights(setup), device=own_device(options.device))
     check_vocabulary(tokenizer, inner_model(model).get_input_embeddings().num_embeddings)
     if setup.loss != "full":
         check_head(model)
@@ -265,9 +290,8 @@ def _prepare(
         model,
         tokenizer,
         stop=stop if world.size == 1 else SharedStop(world, stop),
-        progress=options.progress,
-        save_every_steps=options.save_every_steps,
-        eval_every_steps=options.eval_every_steps,
+        options=options,
+        prompts=prompts,
         world=world,
     )
 
@@ -283,67 +307,3 @@ def _probe(data: RunData, device: torch.device) -> torch.Tensor:
     """A few real tokens, to compare logits on."""
     example = (data.held_out or data.train)[0]
     return torch.tensor([example.input_ids[:_PROBE_TOKENS].tolist()], device=device)
-
-
-def _summarise(run: Run, plan: PlanFile, artifact: Path) -> RunSummary:
-    state = run.state
-    at = {entry["step"]: entry for entry in state.evaluations}
-    steps = [entry for entry in run.log.read() if entry["kind"] == "step"]
-    return RunSummary(
-        setup=plan.setup.to_dict(),
-        artifact=artifact.name,
-        device=device_name(run.device),
-        num_steps=state.step,
-        num_tokens=state.num_tokens,
-        num_trained_tokens=state.num_trained_tokens,
-        train_s=state.train_s,
-        final_loss=steps[-1]["loss"] if steps else None,
-        eval_before=at.get(0),
-        eval_after=at.get(state.step),
-        sample_before=state.samples.get("before", []),
-        sample_after=state.samples.get("after", []),
-        predicted=dict(plan.predicted),
-        measured={**_pace(steps), **_memory(run.device, steps)},
-        data={"sha256": run.data.sha256, **run.data.facts},
-        versions=stack_versions(),
-        resumed_from=run.resumed_from,
-        notes=run.folder.notes,
-    )
-
-
-def _memory(device: torch.device, steps: list[dict[str, Any]]) -> dict[str, int | None]:
-    """Peaks in bytes; on the CPU the device's is the highest resident set that a step left behind.
-
-    The process' own peak also holds loading, evaluation, answers and the check of the saved adapter.
-    """
-    peaks = memory_peaks(device)
-    if device.type == "cpu" and steps:
-        peaks["device_used_bytes"] = max(entry["rss_bytes"] for entry in steps)
-    return peaks
-
-
-def _pace(steps: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Median step and tokens per second after the warm-up."""
-    warm = steps[_WARMUP_STEPS:] or steps
-    if not warm:
-        return {"step_s": None, "tokens_per_s": None}
-    return {
-        "step_s": statistics.median(entry["step_s"] for entry in warm),
-        "tokens_per_s": sum(e["tokens"] for e in warm) / sum(e["step_s"] for e in warm),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The card's name, or `cpu`."""
-    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
-
-
-def stack_versions() -> dict[str, str]:
-    """Versions of the installed packages that decide what a run gives."""
-    versions = {}
-    for name in STACK:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

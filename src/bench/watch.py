@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.host_memory import kept_bytes
 from bench.host_sampler import HostSampler
 from bench.sampler import GpuSampler
 from planner.setup import TrainSetup
@@ -62,6 +63,21 @@ def bounds_of(predicted: Mapping[str, Any], device_type: str) -> dict[str, Bound
     return found
 
 
+def expected_figures(predicted: Mapping[str, Any], device_type: str) -> dict[str, float]:
+    """What is shown beside the measured `memory` (bytes) and `tokens_per_s`; what the plan lacks is left out.
+
+    Speed is that of full rows.
+    """
+    found = {
+        name: bounds.predicted
+        for name, bounds in bounds_of(predicted, device_type).items()
+        if name == "memory"
+    }
+    time = predicted.get("time")
+    speed = _number(time, "tokens_per_s") if isinstance(time, Mapping) else None
+    return found if speed is None else {**found, "tokens_per_s": speed}
+
+
 def _number(values: Mapping[str, Any], key: str) -> float | None:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -77,7 +93,7 @@ _SHOW: Mapping[str, tuple[str, Callable[[float], str]]] = {
 
 @dataclass(kw_only=True)
 class Watch:
-    """Looks at each step's metrics; `report(line, values)` is called once for each figure that left its interval.
+    """Looks at each step's metrics; `report("warning", values)` is called once for each figure that left its interval.
 
     A listener of MetricsLog. After a retry the prediction is another plan's, and nothing is said any more. `host`
     and `card` see what else the machine does; None where that can't be told apart from the run.
@@ -89,6 +105,7 @@ class Watch:
     host: HostSampler | None = None
     card: GpuSampler | None = None
     allocator_retries: Callable[[], int] = lambda: 0
+    freed_bytes: Callable[[], int | None] = lambda: None
     _steps: list[Mapping[str, Any]] = field(default_factory=list)
     _is_done: bool = False
 
@@ -122,13 +139,14 @@ class Watch:
         }
         for name, bounds in self.bounds.items():
             if bounds.is_left(measured[name]):
-                causes = self._causes(name, measured[name] > bounds.predicted)
+                causes = self._causes(name, measured[name] - bounds.predicted)
                 self._say(name, bounds, measured[name], causes)
 
     def _say(self, name: str, bounds: Bounds, measured: float, causes: list[str]) -> None:
         words, show = _SHOW[name]
         verb = "takes" if name == "step" else "is"
-        expected = " to ".join(show(limit) for limit in (bounds.low, bounds.high) if limit is not None)
+        limits = [show(limit) for limit in (bounds.low, bounds.high) if limit is not None]
+        expected = " to ".join(limits) if len(limits) == 2 else f"at most {limits[0]}"
         line = f"{words} {verb} {show(measured)} where {show(bounds.predicted)} was predicted ({expected}): "
         values = {
             "step": self._steps[-1]["step"],
@@ -138,14 +156,16 @@ class Watch:
             "low": bounds.low,
             "high": bounds.high,
             "causes": causes,
+            "note": line + ("; ".join(causes) or UNKNOWN_CAUSE),
         }
-        self.report(line + ("; ".join(causes) or UNKNOWN_CAUSE), values)
+        self.report("warning", values)
 
-    def _causes(self, name: str, is_more: bool) -> list[str]:
+    def _causes(self, name: str, excess: float) -> list[str]:
         """What was seen that makes this figure larger, or smaller."""
+        is_more = excess > 0
         if not is_more:
             return self._short_rows()
-        return self._disturbances() if name == "step" else []
+        return self._disturbances() if name == "step" else self._kept(excess)
 
     def _short_rows(self) -> list[str]:
         planned = self.setup.global_batch_size * self.setup.seq_len
@@ -155,6 +175,13 @@ class Watch:
         return [
             f"the rows are shorter than seq_len: a step has {share:.0%} of the token positions planned for"
         ]
+
+    def _kept(self, excess_bytes: float) -> list[str]:
+        """Freed memory counts where it makes up most of what is too much."""
+        kept = self.freed_bytes() or 0
+        if kept < excess_bytes / 2:
+            return []
+        return [f"{format_bytes(kept)} of it are freed, and kept for later steps by the C library"]
 
     def _disturbances(self) -> list[str]:
         found = [] if self.host is None else self.host.doubts()
@@ -186,6 +213,8 @@ def watch_for(
         host=HostSampler(pid=os.getpid(), own_cpu_s=lambda: 0.0) if is_alone else None,
         card=_card(device) if is_alone and on_cuda else None,
         allocator_retries=_retries(device) if on_cuda else lambda: 0,
+        # CUDA's figure is of live tensors
+        freed_bytes=(lambda: None) if on_cuda else kept_bytes,
     )
 
 

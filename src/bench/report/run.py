@@ -29,6 +29,8 @@ from planner.units import format_duration, gib
 
 MAX_FILE_BYTES = 2**28
 MAX_SAMPLES = 3
+MAX_MOMENTS = 6
+"""Evaluations whose answers are shown: the first, the last, and some between them."""
 
 
 def is_run_folder(path: Path) -> bool:
@@ -39,9 +41,11 @@ def is_run_folder(path: Path) -> bool:
 def run_report(folder: Path, made: str) -> Report:
     """The report of a run, finished or not. Raises FinefitError where its files can't be read."""
     plan = read_plan(folder / "plan.yaml")
-    steps, evaluations, num_broken = _read_metrics(folder / "metrics.jsonl")
+    entries, num_broken = _read_metrics(folder / "metrics.jsonl")
+    steps, evaluations = entries.get("step", []), entries.get("eval", [])
     summary = _read_summary(folder / "summary.json")
-    notes = [*_texts(summary.get("notes"))]
+    said = [*entries.get("retry", []), *entries.get("warning", [])]
+    notes = [*_texts(summary.get("notes")), *_texts([entry.get("note") for entry in said])]
     if num_broken:
         notes.append(f"{num_broken} lines of metrics.jsonl can't be read and were left out")
     if not summary:
@@ -63,6 +67,7 @@ def run_report(folder: Path, made: str) -> Report:
                 "Learning",
                 [
                     _losses(steps, evaluations),
+                    _series(evaluations, "token_accuracy", "Token accuracy on held-out rows"),
                     _series(steps, "grad_norm", "Norm of the gradients"),
                     _series(steps, "learning_rate", "Learning rate"),
                 ],
@@ -72,7 +77,7 @@ def run_report(folder: Path, made: str) -> Report:
             ),
             *section("Predicted beside measured", [_predictions(plan, summary)]),
             *_money(plan, summary),
-            *section("Answers before and after", _answers(summary)),
+            *section("Answers along the run", _answers(summary, entries.get("sample", []))),
             *section(
                 "Environment",
                 [environment_facts({"versions": summary.get("versions"), "gpu_name": summary.get("device")})],
@@ -103,13 +108,14 @@ def _parse(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
-    """Steps, evaluations, and how many lines are none."""
+def _read_metrics(path: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """The entries of each kind, and how many lines are none."""
     entries = [_parse(line) for line in _read_text(path).splitlines() if line.strip()]
     good = [entry for entry in entries if entry is not None and is_number(entry.get("step"))]
-    steps = [entry for entry in good if entry.get("kind") == "step"]
-    evaluations = [entry for entry in good if entry.get("kind") == "eval"]
-    return steps, evaluations, len(entries) - len(good)
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for entry in good:
+        by_kind.setdefault(str(entry.get("kind")), []).append(entry)
+    return by_kind, len(entries) - len(good)
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -220,27 +226,42 @@ def _money(plan: PlanFile, summary: Mapping[str, Any]) -> list[Section]:
     return section("Time and money", money_blocks(plan.setup, machine, speed))
 
 
-def _answers(summary: Mapping[str, Any]) -> list[Block | None]:
-    before, after = (summary.get(f"sample_{when}") for when in ("before", "after"))
-    if not isinstance(before, list) or not isinstance(after, list):
-        return []
-    pairs = [
-        (b, a)
-        for b, a in zip(before, after, strict=False)
-        if isinstance(b, Mapping) and isinstance(a, Mapping)
-    ]
+def _answers(summary: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[Block | None]:
+    """Each prompt with its answers over the run."""
+    moments = _spread([(_moment(entry["step"]), _samples(entry.get("samples"))) for entry in entries])
+    if not moments:
+        moments = [(when, _samples(summary.get(f"sample_{when}"))) for when in ("before", "after")]
+    prompts = zip(*(samples for _, samples in moments), strict=False)
     return [
         Facts(
             title=f"Prompt {number}",
             pairs=(
-                ("asked", clip(a.get("prompt"))),
-                ("before", clip(b.get("answer"))),
-                ("after", clip(a.get("answer"))),
-                ("expected", clip(a.get("expected"))),
+                ("asked", clip(answers[-1].get("prompt"))),
+                *(
+                    (when, clip(sample.get("answer")))
+                    for (when, _), sample in zip(moments, answers, strict=True)
+                ),
+                ("expected", clip(answers[-1].get("expected") or "(nothing known)")),
             ),
         )
-        for number, (b, a) in enumerate(pairs[:MAX_SAMPLES], start=1)
+        for number, answers in enumerate(list(prompts)[:MAX_SAMPLES], start=1)
     ]
+
+
+def _moment(step: float) -> str:
+    return "before" if step == 0 else f"after step {step:.0f}"
+
+
+def _samples(values: Any) -> list[Mapping[str, Any]]:
+    return [v for v in values if isinstance(v, Mapping)] if isinstance(values, list) else []
+
+
+def _spread(moments: list[Any]) -> list[Any]:
+    """At most MAX_MOMENTS, evenly, with the first and the last."""
+    last = len(moments) - 1
+    if last < MAX_MOMENTS:
+        return moments
+    return [moments[round(at * last / (MAX_MOMENTS - 1))] for at in range(MAX_MOMENTS)]
 
 
 def _reproduce(plan: PlanFile, summary: Mapping[str, Any]) -> list[Block | None]:
