@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from bench import run, train
+from bench.ladder import Shortage, ShortOfMemoryError
 from bench.step import TrainStep
-from planner.errors import DoesNotFitError, InterruptedRunError
+from planner.errors import DoesNotFitError, FinefitError, InterruptedRunError
 from planner.planfile import read_plan
 from planner.setup import TrainSetup
 from whole_runs import assert_equal_runs, metrics, quiet_train, stop_at
@@ -70,6 +72,7 @@ def test_a_smaller_micro_batch_learns_the_same_and_is_what_resumes(
     summary = quiet_train(setup, folder)
     assert summary.resumed_from == 3
     assert summary.setup["micro_batch_size"] == 2
+    assert summary.notes == [retry["note"]]
     assert len(metrics(folder, "retry")) == 1
     assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     # and so does the plan as it was run, as if nothing had ever failed
@@ -145,6 +148,26 @@ def test_what_no_smaller_batch_helps_ends_at_once(
     with pytest.raises(DoesNotFitError, match=f"out of memory \\({phase}"):
         quiet_train(plan(max_steps=2), tmp_path / "run")
     assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_ranks_that_lack_memory_begin_again_with_the_next_rung(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error comes out of another process; what the ranks are given is the plan as it is run."""
+    sizes = []
+
+    def ranks(stop: Any, num_ranks: int, target: Any, values: Any, *args: Any) -> None:
+        sizes.append(values["setup"]["micro_batch_size"])
+        if len(sizes) < 3:
+            error = ShortOfMemoryError(Shortage(phase="backward", missing_bytes=1))
+            raise pickle.loads(pickle.dumps(error))
+        raise FinefitError("enough")
+
+    monkeypatch.setattr(train, "run_ranks", ranks)
+    with pytest.raises(FinefitError, match="enough"):
+        quiet_train(plan(num_gpus=2, sharding="ddp"), tmp_path / "run")
+    assert sizes == [4, 2, 1]
+    assert len(metrics(tmp_path / "run", "retry")) == 2
 
 
 LIMITED = """

@@ -197,7 +197,8 @@ class Position:
     def needed_bytes(self) -> int:
         """Disk: the checkpoints that stay, the one being written, and the final adapter or model."""
         weights = self.drawn()
-        return (KEEP + 1) * checkpoint_bytes(self.train_step.setup, weights) + tensor_bytes(weights)
+        num_kept = KEEP + 1 + self.rule.keep_best
+        return num_kept * checkpoint_bytes(self.train_step.setup, weights) + tensor_bytes(weights)
 
 
 def checkpoint_bytes(setup: TrainSetup, weights: Mapping[str, torch.Tensor]) -> int:

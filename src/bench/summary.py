@@ -61,7 +61,10 @@ def summarise_run(run: Run, artifact: Path, artifact_step: int) -> RunSummary:
     """What a run that has ended was; the artifact has the weights of `artifact_step`."""
     state, plan = run.state, run.folder.plan
     at = {entry["step"]: entry for entry in state.evaluations}
-    steps = [entry for entry in run.log.read() if entry["kind"] == "step"]
+    lines = list(run.log.read())
+    steps = [entry for entry in lines if entry["kind"] == "step"]
+    # those of earlier sessions too
+    said = [entry["note"] for entry in lines if entry["kind"] in ("retry", "warning")]
     return RunSummary(
         setup=plan.setup.to_dict(),
         artifact=artifact.name,
@@ -81,7 +84,7 @@ def summarise_run(run: Run, artifact: Path, artifact_step: int) -> RunSummary:
         data={"sha256": run.data.sha256, **run.data.facts},
         versions=stack_versions(),
         resumed_from=run.position.resumed_from,
-        notes=run.folder.notes,
+        notes=list(dict.fromkeys([*said, *run.folder.notes])),
     )
 
 
