@@ -216,4 +216,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         max_length=1024,
         only=UNPACKED,
     ),
+    "llama-dpo": _make(
+        _decoder("llama", tie_word_embeddings=False), objective="dpo", max_length=32768, only=UNPACKED
+    ),
+    "qwen2-tied-dpo": _make(
+        _decoder("qwen2", tie_word_embeddings=True), objective="dpo", max_length=32768, only=UNPACKED
+    ),
+    "gemma2-dpo": _make(
+        _decoder("gemma2", head_dim=64, sliding_window=1024),
+        objective="dpo",
+        max_length=32768,
+        only={"attention": EAGER_OR_FLASH, **UNPACKED},
+    ),
+    "cohere-dpo": _make(
+        _decoder("cohere", logit_scale=0.0625),
+        objective="dpo",
+        max_length=32768,
+        only={**FULL_LOSS, **UNPACKED},
+    ),
 }

@@ -273,7 +273,7 @@ COUNTS = {
 }
 RATIOS = {
     *("token_share", "probability", "level", "mfu", "eval_fraction", "dropout", "alpha"),
-    *("learning_rate", "weight_decay", "max_grad_norm"),
+    *("learning_rate", "weight_decay", "max_grad_norm", "dpo_beta"),
 }
 MAPS = {
     "phases": "bytes by phase",

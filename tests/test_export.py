@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import planner.export
 from planner.errors import SetupError, UnknownNameError
 from planner.export import find_format, formats
+from planner.export._trl_trainers import TRAINERS
 from planner.layers import peft_call
 from planner.methods import methods, nothing_whole
 from planner.optimizers import OPTIMIZERS, find_optimizer
@@ -31,6 +32,7 @@ BASE = TrainSetup(
 ZERO3 = BASE.with_(sharding="zero3", num_gpus=4, adapter_dtype="bfloat16")
 QLORA = BASE.with_(method="qlora", adapter_dtype="bfloat16")
 FSDP = BASE.with_(sharding="fsdp", num_gpus=4)
+DPO = BASE.with_(objective="dpo", dpo_beta=0.2)
 LAYER_SPLIT = BASE.with_(sharding="device_map", num_gpus=4)
 SETUPS = {
     "lora": BASE,
@@ -53,6 +55,8 @@ SETUPS = {
     "zero2-fp16": ZERO3.with_(sharding="zero2", weights_dtype="float16", offload="optimizer"),
     "zero2-autocast": ZERO3.with_(sharding="zero2", weights_dtype="float32", autocast="bfloat16"),
     "layer-split": LAYER_SPLIT,
+    "dpo": DPO,
+    "dpo-full-ddp": DPO.with_(method="full", sharding="ddp", num_gpus=2),
 }
 FORMAT_NAMES = [form.name for form in formats()]
 
@@ -79,7 +83,7 @@ def constants(script: str) -> dict[str, object]:
 
 
 def sft_arguments(setup: TrainSetup) -> dict[str, object]:
-    return yaml.safe_load(export("trl", setup)["sft_config.yaml"])
+    return yaml.safe_load(export("trl", setup)[TRAINERS[setup.objective].config_file])
 
 
 def test_the_folder_is_the_registry():
@@ -109,6 +113,7 @@ def test_the_script_is_whole_and_has_no_unused_name(name, tmp_path):
 MUTATIONS = {
     "model": (BASE, "org/other"),
     "objective": (BASE, "pretrain"),
+    "dpo_beta": (DPO, 0.3),
     "revision": (BASE, "v2"),
     "tokenizer": (BASE, "org/tokenizer"),
     "from_scratch": (BASE, True),
@@ -216,7 +221,8 @@ def test_trl_says_what_the_setup_says(name):
     assert args["per_device_train_batch_size"] == setup.micro_batch_size
     assert args["gradient_accumulation_steps"] == setup.grad_accum_steps
     assert args["max_length"] == setup.seq_len
-    assert args["packing"] == setup.packing
+    assert args.get("packing", False) == setup.packing
+    assert args.get("beta", setup.dpo_beta) == setup.dpo_beta
     assert args["seed"] == setup.seed
     assert args["learning_rate"] == setup.learning_rate
     assert args["max_grad_norm"] == (setup.max_grad_norm or 0)
@@ -283,7 +289,7 @@ def test_the_trl_export_brings_its_launcher_along():
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"objective": "dpo"}, "objective"),
+        ({"objective": "seq2seq"}, "objective"),
         ({"data": None}, "data"),
         ({"model": {"model_type": "llama"}}, "model"),
         ({"from_scratch": True, "method": "qlora"}, "from_scratch"),

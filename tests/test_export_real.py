@@ -14,6 +14,7 @@ import yaml
 from planner.dataset_formats import FORMATS, detect
 from planner.dataset_preferences import PREFERENCES
 from planner.export import find_format
+from planner.export._trl_trainers import TRAINERS
 from planner.setup import TrainSetup
 from test_export import SETUPS, can_export, constants
 from tiny_llama import save_tiny_model, write_rows
@@ -33,14 +34,15 @@ def rows(tmp_path):
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_trl_takes_its_config_without_complaint(name, tmp_path):
-    from trl import SFTConfig
+    import trl
 
     setup = SETUPS[name]
-    config = yaml.safe_load(find_format("trl").export(setup, "gpu")["sft_config.yaml"])
+    trainer = TRAINERS[setup.objective]
+    config = yaml.safe_load(find_format("trl").export(setup, "gpu")[trainer.config_file])
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         # This machine may have no GPU, which must not change what the file means.
-        args = SFTConfig(**{**config, "output_dir": str(tmp_path), "use_cpu": True})
+        args = getattr(trl, trainer.config)(**{**config, "output_dir": str(tmp_path), "use_cpu": True})
     assert args.gradient_checkpointing == (setup.checkpointing != "none")
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * setup.num_gpus == (
         setup.global_batch_size
@@ -151,6 +153,44 @@ RECORDS = (
     {"prompt": "a", "response": "b"},
     {"question": "a", "answer": "b", "context": "not read"},
 )
+
+
+USER, CHOSEN, REJECTED = (
+    {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("assistant", "c"))
+)
+PAIRS = (
+    {"prompt": "a", "chosen": "b", "rejected": "c", "system": "s", "history": [["d", "e"]]},
+    {"prompt": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]},
+    {"prompt": "a", "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
+    {"instruction": "a", "input": "x", "chosen": "b", "rejected": "c"},
+    {
+        "conversations": [{"from": "human", "value": "a"}],
+        "chosen": {"from": "gpt", "value": "b"},
+        "rejected": {"from": "gpt", "value": "c"},
+    },
+    {"question": "a", "chosen": "b", "rejected": "c"},
+    {"question": "a", "response_chosen": "b", "response_rejected": "c", "history": [["d", "e"]]},
+    {"messages": [USER, CHOSEN], "rejected_response": "c", "system": "s"},
+    {"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
+)
+
+
+@pytest.mark.parametrize("record", PAIRS, ids=lambda record: "+".join(record))
+def test_the_script_reads_pairs_as_finefit_does(record):
+    namespace: dict = {"__name__": "exported"}
+    exec(compile(find_format("trl").export(SETUPS["dpo"], "cpu")["train.py"], "train.py", "exec"), namespace)
+    pair = detect(record).parse(record)
+    chosen, rejected = (
+        [{"role": m.role, "content": m.content} for m in turns] for turns in (pair.chosen, pair.rejected)
+    )
+    found = namespace["to_example"](record)
+    assert found["prompt"] == chosen[: pair.num_shared]
+    assert found["prompt"] + found["chosen"] == chosen
+    assert found["prompt"] + found["rejected"] == rejected
+
+
+def test_the_pairs_cover_every_format_of_pairs():
+    assert {detect(record).name for record in PAIRS} == {f.name for f in PREFERENCES}
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: "+".join(record))

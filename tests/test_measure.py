@@ -501,17 +501,17 @@ class TestLiveTensors:
         step = TrainStep(setup, model, build_optimizer(setup, model))
         ids = torch.randint(0, 256, (2, 256))
         batch = [{"input_ids": ids, "labels": ids.clone()}]
-        step(batch, num_trained_tokens=510)
+        step(batch, num_items=510)
         live = LiveTensors()
         live.add(gc.get_objects())
         before = live.live_bytes
         with live:
-            step(batch, num_trained_tokens=510)
+            step(batch, num_items=510)
         assert live.live_bytes == before
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         ) as profile:
-            step(batch, num_trained_tokens=510)
+            step(batch, num_items=510)
         events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         now = peak = 0
         for event in sorted(events, key=lambda e: e.start_ns()):

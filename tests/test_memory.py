@@ -260,6 +260,15 @@ def test_fsdp_holds_whole_gradients_between_micro_batches(sharding):
     assert often.phases["optimizer"] == once.phases["optimizer"] + ids
 
 
+@given(recipes, shapes)
+def test_a_pair_of_answers_takes_what_two_rows_take(recipe, shape):
+    """With all logits a row's log probability and its loss need the same."""
+    shape = {**shape, "loss": "full"}
+    pairs = estimate_memory(TrainSetup(objective="dpo", eval_batch_size=3, **recipe, **shape), MODEL)
+    twice = {**shape, "micro_batch_size": 2 * shape["micro_batch_size"]}
+    assert pairs == estimate_memory(TrainSetup(eval_batch_size=6, **recipe, **twice), MODEL)
+
+
 def test_a_context_is_the_published_one_of_its_architecture() -> None:
     import doctest
 

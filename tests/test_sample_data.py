@@ -34,4 +34,4 @@ def test_the_script_makes_the_shipped_bytes(tmp_path: Path) -> None:
     script["main"].__globals__["DATA"] = tmp_path
     script["main"]()
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert made == {path.name: path.read_bytes() for path in DATA.glob("*.jsonl")}
+    assert made == {path.name: path.read_bytes() for path in DATA.glob("chatterbot-*.jsonl")}

@@ -48,13 +48,13 @@ def gradients(setup: Any, model: Any, *batches: Any) -> dict[str, torch.Tensor]:
         found.update({n: p.grad.clone() for n, p in trained_parameters(m).items()})
 
     step = TrainStep(setup, model, build_optimizer(setup, model), on_gradients=keep)
-    step(batches, num_trained_tokens=count_trained(*batches))
+    step(batches, num_items=count_trained(*batches))
     return found
 
 
 def train_losses(step: TrainStep, num_steps: int = 8, **shape: Any) -> list[float]:
     batch = random_batch(**shape)
-    return [float(step([batch], num_trained_tokens=count_trained(batch)).loss) for _ in range(num_steps)]
+    return [float(step([batch], num_items=count_trained(batch)).loss) for _ in range(num_steps)]
 
 
 RECIPES = [
@@ -108,8 +108,8 @@ def test_accumulated_loss_is_the_mean_over_all_trained_tokens() -> None:
     parts = [random_batch(1, seed=i, untrained=4 + 7 * i) for i in range(4)]
     whole = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     num_trained = count_trained(whole)
-    in_parts = make_step(method="full")(parts, num_trained_tokens=num_trained)
-    at_once = make_step(method="full")([whole], num_trained_tokens=num_trained)
+    in_parts = make_step(method="full")(parts, num_items=num_trained)
+    at_once = make_step(method="full")([whole], num_items=num_trained)
     model = build_model(tiny_setup(method="full"))
     logits = model(input_ids=whole["input_ids"]).logits[:, :-1].reshape(-1, 256).detach()
     expected = torch.nn.functional.cross_entropy(
@@ -220,7 +220,7 @@ def test_clipping_bounds_the_update() -> None:
     step = make_step(method="full", optimizer="sgd", learning_rate=1.0, max_grad_norm=1e-3)
     before = [p.detach().clone() for p in step.parameters]
     batch = random_batch()
-    norm = step([batch], num_trained_tokens=count_trained(batch)).grad_norm
+    norm = step([batch], num_items=count_trained(batch)).grad_norm
     moved = torch.sqrt(sum(((p - b) ** 2).sum() for p, b in zip(step.parameters, before, strict=True)))
     assert float(norm) > 0.1
     assert float(moved) == pytest.approx(1e-3, rel=0.01)
@@ -232,7 +232,7 @@ def test_learning_rate_follows_the_schedule() -> None:
     schedule = build_schedule(setup, 6)
     step = TrainStep(setup, model, build_optimizer(setup, model), schedule=schedule)
     batch = random_batch()
-    rates = [step([batch], num_trained_tokens=count_trained(batch)).learning_rate for _ in range(6)]
+    rates = [step([batch], num_items=count_trained(batch)).learning_rate for _ in range(6)]
     assert rates == [schedule(i) for i in range(6)]
 
 
@@ -247,7 +247,7 @@ def test_phases_come_in_order() -> None:
     step = make_step()
     step.phase = phase
     batch = random_batch()
-    step([batch, batch], num_trained_tokens=2 * count_trained(batch))
+    step([batch, batch], num_items=2 * count_trained(batch))
     assert seen == ["forward", "loss", "backward"] * 2 + ["optimizer"]
 
 
@@ -257,7 +257,7 @@ def test_a_stop_between_micro_batches_leaves_the_step_untaken() -> None:
     step.should_stop = lambda: True
     batch = random_batch()
     with pytest.raises(StopRequestedError):
-        step([batch, batch], num_trained_tokens=2 * count_trained(batch))
+        step([batch, batch], num_items=2 * count_trained(batch))
     assert all(torch.equal(p, b) for p, b in zip(step.parameters, before, strict=True))
     assert all(p.grad is None for p in step.parameters)
     assert step.num_steps_done == 0
@@ -283,7 +283,7 @@ def test_losses_are_those_of_transformers_trainer(tmp_path: Any) -> None:
     own = []
     for i in range(num_steps):
         pair = batches[2 * i : 2 * i + 2]
-        own.append(float(step(pair, num_trained_tokens=count_trained(*pair)).loss))
+        own.append(float(step(pair, num_items=count_trained(*pair)).loss))
 
     rows = [{k: b[k][i] for k in b} for b in batches for i in range(2)]
     arguments = transformers.TrainingArguments(

@@ -99,7 +99,7 @@ def measure_step(setup: TrainSetup) -> int:
     optimizer = build_optimizer(setup, model)
     step = TrainStep(setup, model, optimizer)
     batch = _real_batch(setup)
-    step([batch], num_trained_tokens=setup.tokens_per_micro_batch)
+    step([batch], num_items=setup.tokens_per_micro_batch)
     gc.collect()
     states = [v for state in optimizer.state.values() for v in state.values()]  # type: ignore[attr-defined]
     held = [*model.parameters(), *model.buffers(), *batch.values()]
@@ -107,7 +107,7 @@ def measure_step(setup: TrainSetup) -> int:
     alive = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values())
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step([batch], num_trained_tokens=setup.tokens_per_micro_batch)
+        step([batch], num_items=setup.tokens_per_micro_batch)
     events = profile.profiler.kineto_results.events()
     current = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):

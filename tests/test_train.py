@@ -135,6 +135,7 @@ RESUMED = [
     {"method": "full", "optimizer_in_backward": True, "grad_accum_steps": 1},
     {"method": "qlora", "weights_dtype": "bfloat16", "optimizer": "lion"},
     {"autocast": "float16"},
+    {"objective": "dpo", "data": "pairs.jsonl", "dropout": 0.2},
 ]
 
 

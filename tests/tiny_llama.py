@@ -108,3 +108,13 @@ def write_rows(path: Path, num_rows: int = 40) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def write_pairs(path: Path, num_rows: int = 24) -> Path:
+    """Short is chosen, long is not."""
+    lines = [
+        {"prompt": f"n {n}", "chosen": f"{n} yes", "rejected": f"{n} no {'x' * (n % 5)}"}
+        for n in range(num_rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path

@@ -14,19 +14,21 @@ from safetensors.torch import load_file
 from bench.checkpoint import newest_checkpoint
 from bench.train import RunSummary, train
 from planner.setup import TrainSetup
-from tiny_llama import save_tiny_model, tiny_setup, write_rows
+from tiny_llama import save_tiny_model, tiny_setup, write_pairs, write_rows
 
 NUM_STEPS = 8
 
-STEP_KEYS = ("step", "loss", "grad_norm", "learning_rate", "tokens", "trained_tokens")
-EVAL_KEYS = ("step", "loss", "perplexity", "num_trained_tokens")
+STEP_KEYS = ("step", "loss", "grad_norm", "learning_rate", "tokens", "trained_tokens", "rewards_margin")
+EVAL_KEYS = ("step", "loss", "perplexity", "num_trained_tokens", "rewards_margin")
+"""Some objectives lack one."""
 SUMMARY_KEYS = ("eval_before", "eval_after", "sample_before", "sample_after", "num_tokens", "final_loss")
 
 
 def save_tiny_folder(folder: Path) -> Path:
-    """model/ and rows.jsonl; 36 rows train, so an epoch has 5 steps of 4 x 2."""
+    """model/, rows.jsonl and pairs.jsonl; 36 rows train, so an epoch has 5 steps of 4 x 2."""
     save_tiny_model(folder / "model")
     write_rows(folder / "rows.jsonl", 40)
+    write_pairs(folder / "pairs.jsonl", 40)
     return folder
 
 
@@ -42,6 +44,8 @@ def make_plan(tiny: Path, **changes: Any) -> TrainSetup:
         "max_steps": NUM_STEPS,
         **changes,
     }
+    if values["data"]:
+        values["data"] = str(tiny / values["data"])
     return tiny_setup(**values)
 
 
@@ -71,8 +75,8 @@ def metrics(folder: Path, kind: str = "step") -> list[dict[str, Any]]:
 
 def course(folder: Path) -> list[tuple[Any, ...]]:
     """Losses, norms and rates of all steps, and the evaluations; bit for bit."""
-    steps = [tuple(entry[key] for key in STEP_KEYS) for entry in metrics(folder)]
-    return steps + [tuple(entry[key] for key in EVAL_KEYS) for entry in metrics(folder, "eval")]
+    steps = [tuple(map(entry.get, STEP_KEYS)) for entry in metrics(folder)]
+    return steps + [tuple(map(entry.get, EVAL_KEYS)) for entry in metrics(folder, "eval")]
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -368,12 +368,16 @@ def drawn_parameters(setup: TrainSetup, model: nn.Module) -> dict[str, nn.Parame
     }
 
 
+RUNNABLE = ("sft", "pretrain", "dpo")
+"""Objectives that `train` and `bench` have data for."""
+
+
 def check_runnable(setup: TrainSetup, device: str | torch.device) -> None:
     """Raise SetupError or NotModelledError for what can be planned and traced but not run on such a device."""
     device = torch.device(device)
     on_cuda = device.type == "cuda"
-    if setup.objective not in ("sft", "pretrain"):
-        raise NotModelledError(f"objective: {setup.objective} can't be run yet; sft and pretrain can")
+    if setup.objective not in RUNNABLE:
+        raise NotModelledError(f"objective: {setup.objective} can't be run yet; {' and '.join(RUNNABLE)} can")
     if setup.kernels != "plain":
         raise NotModelledError(f"kernels: {setup.kernels} can't be run yet; use plain")
     if setup.padding_free and setup.compile:

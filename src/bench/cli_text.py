@@ -190,13 +190,25 @@ def format_summary(summary: Mapping[str, Any], folder: str, width: int | None = 
     return "\n\n".join(part for part in parts if part)
 
 
+_JUDGED = (
+    ("perplexity", "perplexity", 2),
+    ("rewards_margin", "reward margin", 3),
+    ("rewards_accuracy", "reward accuracy", 3),
+)
+"""What an objective may give beside its loss: key, title, digits."""
+
+
 def _evaluation_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     before, after = summary["eval_before"], summary["eval_after"]
     if not before or not after:
         return [("held out", "no rows were held out")]
     return [
         ("held-out loss", f"{before['loss']:.3f} before, {after['loss']:.3f} after"),
-        ("perplexity", f"{before['perplexity']:.2f} before, {after['perplexity']:.2f} after"),
+        *(
+            (title, f"{before[name]:.{digits}f} before, {after[name]:.{digits}f} after")
+            for name, title, digits in _JUDGED
+            if name in before and name in after
+        ),
         *_accuracy_facts(before, after),
         ("judged on", f"{after['num_trained_tokens']:,} tokens of {after['num_examples']} held-out rows"),
     ]

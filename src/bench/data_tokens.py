@@ -17,9 +17,9 @@ from bench.data_audit import (
 )
 from bench.data_report import TokenReport, lengths_of
 from bench.encode import Document, documents
-from planner.dataset import PAIRED, Row
+from planner.dataset import Row
 from planner.errors import DataError
-from planner.setup import TrainSetup
+from planner.setup import PAIRED, TrainSetup
 
 _BATCH_ROWS = 500
 

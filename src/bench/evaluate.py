@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,25 +21,34 @@ from planner.setup import TrainSetup
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """`loss` is the mean cross-entropy (nats) of the trained tokens, `perplexity` its exponential, `token_accuracy` the
-    share of them that the model holds for the likeliest (None where the loss doesn't show its logits).
+    """`loss` is the objective's: the mean cross-entropy (nats) of the trained tokens, with `perplexity` its exponential and
+    `token_accuracy` the share of them that the model holds for the likeliest (None where the loss doesn't show its
+    logits); or that of pairs of answers, with their `rewards`.
     """
 
     loss: float
-    perplexity: float
     num_trained_tokens: int
     num_examples: int
+    perplexity: float | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
     token_accuracy: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; what the objective doesn't have is not there."""
+        values = asdict(self)
+        rewards = values.pop("rewards")
+        return {name: value for name, value in {**values, **rewards}.items() if value is not None}
 
     @property
     def text(self) -> str:
         """In a few words."""
-        right = "" if self.token_accuracy is None else f", token accuracy {self.token_accuracy:.1%}"
-        return f"loss {self.loss:.3f}, perplexity {self.perplexity:.2f}{right}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+        figures = {"loss": f"{self.loss:.3f}"}
+        if self.perplexity is not None:
+            figures["perplexity"] = f"{self.perplexity:.2f}"
+        if self.token_accuracy is not None:
+            figures["token accuracy"] = f"{self.token_accuracy:.1%}"
+        figures |= {name.replace("_", " "): f"{value:.3f}" for name, value in self.rewards.items()}
+        return ", ".join(f"{name} {value}" for name, value in figures.items())
 
 
 def evaluate(
@@ -50,7 +59,8 @@ def evaluate(
     Changes neither the model nor the random generators. Asks the step's `should_stop` between batches and
     raises StopRequestedError.
     """
-    total_loss, num_trained, num_right = 0.0, 0, 0
+    total_loss, num_trained, num_items, num_right = 0.0, 0, 0, 0
+    step.objective.take_metrics()
     was_training = step.model.training
     step.model.eval()
     try:
@@ -65,19 +75,24 @@ def evaluate(
                 if own is not None:
                     total_loss += loss
                     num_trained += num_trained_tokens(rows)
+                    num_items += step.objective.num_items(rows)
                     num_right += int(sum(hits))
                 if step.should_stop():
                     raise StopRequestedError
     finally:
         step.model.train(was_training)
-    total_loss, total_trained, total_right = world.total(total_loss, num_trained, num_right)
-    loss, num_trained = total_loss / total_trained, int(total_trained)
+    total_loss, total_trained, total_items, total_right = world.total(
+        total_loss, num_trained, num_items, num_right
+    )
+    loss, num_trained = total_loss / total_items, int(total_trained)
+    rewards = {name: float(value) for name, value in step.objective.take_metrics().items()}
     return Evaluation(
         loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        perplexity=None if rewards else math.exp(loss) if loss < 700 else math.inf,
+        rewards=rewards,
         num_trained_tokens=num_trained,
         num_examples=len(examples),
-        token_accuracy=total_right / total_trained if hits else None,
+        token_accuracy=total_right / total_trained if hits and not rewards else None,
     )
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from planner.char_lengths import estimated_lengths, spread_by_length
-from planner.dataset import PAIRED, Row, check_rows
+from planner.dataset import Row, check_rows
 from planner.errors import DataError, FinefitError
 from planner.lengths import DataLengths
-from planner.setup import TrainSetup
+from planner.setup import PAIRED, TrainSetup
 
 SAMPLE_ROWS = 1000
 """Rows that are tokenised."""

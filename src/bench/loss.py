@@ -23,7 +23,7 @@ from planner.lowering import LOSS_CHUNK_TOKENS
 
 IGNORE_INDEX = -100
 
-NOT_INPUTS = ("labels", "trained_rows")
+NOT_INPUTS = ("labels", "trained_rows", "reference_logps")
 """Keys of a batch that the model isn't given."""
 
 Batch = Mapping[str, Any]
@@ -38,7 +38,7 @@ def full_loss(model: nn.Module, batch: Batch, num_trained: float, phase: Phase) 
     with phase("forward"):
         logits = model(**inputs, use_cache=False).logits
     with phase("loss"):
-        labels = _after_learned_tokens(batch["labels"], logits)
+        labels = after_learned_tokens(batch["labels"], logits)
         loss: torch.Tensor = inner.loss_function(
             logits=logits,
             labels=labels,
@@ -51,7 +51,7 @@ def full_loss(model: nn.Module, batch: Batch, num_trained: float, phase: Phase) 
     return loss
 
 
-def _after_learned_tokens(labels: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+def after_learned_tokens(labels: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """Labels [B, T] for outputs [B, n + T, ...]: the n tokens that a method has put ahead of each row give no loss."""
     num_ahead = outputs.shape[1] - labels.shape[1]
     return functional.pad(labels, (num_ahead, 0), value=IGNORE_INDEX) if num_ahead else labels
@@ -90,9 +90,9 @@ def _head_loss(
     inner = inner_model(model)
     head, softcap = plain_head(inner)
     with phase("forward"):
-        hidden = _last_hidden(model, head, model_inputs(batch))
+        hidden = last_hidden(model, head, model_inputs(batch))
     with phase("loss"):
-        labels = _after_learned_tokens(batch["labels"], hidden)
+        labels = after_learned_tokens(batch["labels"], hidden)
         if not _is_aligned(inner):
             labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         labels = labels.reshape(-1)
@@ -103,7 +103,7 @@ def _head_loss(
         return cross_entropy(rows, head.weight, head.bias, labels, trained, num_trained, softcap, with_grad)
 
 
-def _last_hidden(model: Any, head: nn.Module, inputs: Batch) -> torch.Tensor:
+def last_hidden(model: Any, head: nn.Module, inputs: Batch) -> torch.Tensor:
     """What the head reads."""
     inner, hidden = inner_model(model), None
     learns_tokens = hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning
@@ -183,19 +183,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
             for t, needed in zip((rows, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
         has_grads = any(grad is not None for grad in grads)
-        dtype = _compute_dtype(rows)
+        dtype = compute_dtype(rows)
         with torch.autocast(rows.device.type, enabled=False):
             num_rows = len(rows) if trained is None else len(trained)
-            chunk = _Chunk(min(LOSS_CHUNK_TOKENS, num_rows), weight, bias, dtype, softcap)
+            chunk = Chunk(min(LOSS_CHUNK_TOKENS, num_rows), weight, bias, dtype, softcap)
             loss = rows.new_zeros((), dtype=torch.float32)
             for start in range(0, num_rows, LOSS_CHUNK_TOKENS):
                 span: slice | torch.Tensor = slice(start, start + LOSS_CHUNK_TOKENS)
                 span = span if trained is None else trained[span]
                 part, targets = rows[span].to(dtype), labels[span]
-                loss += chunk.loss(part, targets, has_grads)
+                loss += chunk.losses(part, targets, has_grads).sum()
                 if has_grads:
-                    grad_logits = chunk.gradient(targets, num_trained)
-                    _add_gradients(grads, grad_logits, part, chunk.weight, span)
+                    weights = (targets != IGNORE_INDEX)[:, None] / num_trained
+                    grad_logits = chunk.gradient(targets, weights)
+                    add_gradients(grads, grad_logits, part, chunk.weight, span)
         ctx.save_for_backward(*grads)
         return loss / num_trained
 
@@ -208,14 +209,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         return (*scaled, None, None, None, None, None)
 
 
-def _compute_dtype(rows: torch.Tensor) -> torch.dtype:
+def compute_dtype(rows: torch.Tensor) -> torch.dtype:
     """The dtype in which a linear layer would multiply `rows` here."""
     device = rows.device.type
     dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
     return dtype
 
 
-class _Chunk:
+class Chunk:
     """The logits of one chunk after another, in the same memory: in 16 bits, and widened to float32.
 
     Memory that is asked for anew for each chunk costs the CPU as much as the arithmetic: the kernel hands it out
@@ -237,8 +238,8 @@ class _Chunk:
         is_wide = dtype == torch.float32
         self._wide = self._logits if is_wide else weight.new_empty(shape, dtype=torch.float32)
 
-    def loss(self, rows: torch.Tensor, labels: torch.Tensor, with_grad: bool) -> torch.Tensor:
-        """The sum of the losses of `rows` [n, H]; keeps what `gradient` needs."""
+    def losses(self, rows: torch.Tensor, labels: torch.Tensor, with_grad: bool) -> torch.Tensor:
+        """The losses [n, 1] of `rows` [n, H], 0 for untrained tokens; keeps what `gradient` needs."""
         logits, wide = self._logits[: len(rows)], self._wide[: len(rows)]
         torch.mm(rows, self.weight.T, out=logits)
         if self.bias is not None:
@@ -251,7 +252,7 @@ class _Chunk:
         self._exp = wide.sub_(highest).exp_()
         self._sum = self._exp.sum(1, keepdim=True)
         losses = highest + self._sum.log() - at_label
-        return losses.masked_fill_((labels == IGNORE_INDEX)[:, None], 0.0).sum()
+        return losses.masked_fill_((labels == IGNORE_INDEX)[:, None], 0.0)
 
     def _cap(self, wide: torch.Tensor, with_grad: bool) -> torch.Tensor | None:
         """Apply the softcap in place; its derivative where that is needed."""
@@ -262,26 +263,28 @@ class _Chunk:
         wide.mul_(self.softcap)
         return slope
 
-    def gradient(self, labels: torch.Tensor, num_trained: float) -> torch.Tensor:
-        """d loss / d logits [n, V] of the last rows: (softmax - one-hot) / num_trained, 0 for untrained tokens."""
-        weight = (labels != IGNORE_INDEX)[:, None] / num_trained
-        grad = self._exp.mul_(weight / self._sum)
-        grad.scatter_add_(1, labels.clamp(min=0)[:, None], -weight)
+    def gradient(self, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """d loss / d logits [n, V] of the last rows: (softmax - one-hot) times `weights` [n, 1]."""
+        grad = self._exp.mul_(weights / self._sum)
+        grad.scatter_add_(1, labels.clamp(min=0)[:, None], -weights)
         if self._slope is not None:
             grad.mul_(self._slope)
         return self._logits[: len(labels)].copy_(grad)
 
 
-def _add_gradients(
+def add_gradients(
     grads: list[torch.Tensor | None],
     grad_logits: torch.Tensor,
     rows: torch.Tensor,
     weight: torch.Tensor,
     span: slice | torch.Tensor,
 ) -> None:
+    """Add a chunk's part to the gradients of rows, weight and bias, None where one isn't wanted."""
     grad_rows, grad_weight, grad_bias = grads
     if grad_rows is not None:
-        grad_rows[span] = grad_logits @ weight
+        product = grad_logits @ weight
+        # A slice takes any dtype, numbered rows only their own.
+        grad_rows[span] = product if isinstance(span, slice) else product.to(grad_rows.dtype)
     if grad_weight is not None and grad_weight.dtype == rows.dtype:
         grad_weight.addmm_(grad_logits.T, rows)
     elif grad_weight is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from planner.errors import NotModelledError, SetupError
-from planner.setup import TrainSetup
+from planner.setup import PAIRED, TrainSetup
 
 SHARDINGS = ("ddp", "fsdp")
 _SHARED_OPTIMIZERS = ("adamw", "adamw-fused", "sgd")
@@ -20,6 +20,11 @@ class _Law(NamedTuple):
 
 
 _LAWS = (
+    _Law(
+        "objective",
+        lambda s: s.objective in PAIRED,
+        "pairs of answers train in one process: their reference and rewards are not shared by ranks",
+    ),
     _Law(
         "sharding",
         lambda s: s.sharding == "device_map",

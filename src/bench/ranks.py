@@ -28,7 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.build import inner_model, torch_dtype, trained_parameters
-from bench.loss import LOSSES, Batch, Loss, Phase
+from bench.loss import Batch, Loss, Phase
+from bench.objectives import OBJECTIVES
 from bench.optim import build_optimizer
 from bench.step import StepResult, TrainStep
 from planner.errors import MissingExtraError, NotModelledError
@@ -66,7 +67,7 @@ def rank_step(setup: TrainSetup, model: nn.Module, *, loss: Loss | None = None, 
         raise NotModelledError(
             f"sharding: {setup.sharding} can't be run here; {', '.join(sorted(_WRAPPERS))} can"
         )
-    return wrap(setup, LossModule(model, loss or LOSSES[setup.loss]), options)
+    return wrap(setup, LossModule(model, loss or OBJECTIVES[setup.objective](setup).loss), options)
 
 
 class _RankStep(TrainStep):
@@ -75,10 +76,10 @@ class _RankStep(TrainStep):
     That is what accelerate does unless it is told `sync_each_batch` (Accelerator.no_sync).
     """
 
-    def __call__(self, micro_batches: Sequence[Batch], *, num_trained_tokens: float) -> StepResult:
-        """Train on this rank's micro-batches; `num_trained_tokens` counts all ranks'. The loss is all ranks', too."""
+    def __call__(self, micro_batches: Sequence[Batch], *, num_items: float) -> StepResult:
+        """Train on this rank's micro-batches; `num_items` counts all ranks'. The loss is all ranks', too."""
         size = dist.get_world_size()
-        result = super().__call__(micro_batches, num_trained_tokens=num_trained_tokens / size)
+        result = super().__call__(micro_batches, num_items=num_items / size)
         dist.all_reduce(result.loss)
         norm = result.grad_norm
         if norm is not None and hasattr(norm, "full_tensor"):
@@ -186,9 +187,9 @@ class _EngineStep(_RankStep):
         self.model.set_gradient_accumulation_boundary(is_boundary=is_last)
         return nullcontext()
 
-    def micro_step(self, batch: Batch, num_trained_tokens: float) -> torch.Tensor:
+    def micro_step(self, batch: Batch, num_items: float) -> torch.Tensor:
         """Forward, loss and backward of one micro-batch."""
-        loss = self.forward(batch, num_trained_tokens)
+        loss = self.forward(batch, num_items)
         with self.phase("backward"):
             # The loss is a share of the step's mean already.
             self.model.backward(loss, scale_wrt_gas=False)

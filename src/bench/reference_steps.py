@@ -99,7 +99,7 @@ def _median_step_s(setup: TrainSetup, device: torch.device) -> float:
     for _ in range(NUM_STEPS + 1):
         batch = data.step_batch(step.num_steps_done, device)
         start = time.perf_counter()
-        step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
+        step(batch.micro_batches, num_items=batch.num_items)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)

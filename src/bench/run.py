@@ -28,6 +28,7 @@ from bench.metrics import MetricsLog, memory_now
 from bench.optim import build_schedule
 from bench.position import Position, RunState
 from bench.progress import Pace, Progress
+from bench.reference import with_reference
 from bench.run_options import RunOptions
 from bench.rundata import RunData
 from bench.runfolder import RunFolder
@@ -110,6 +111,8 @@ class Run:
         """Train to the end. Raises InterruptedRunError after a stop, DivergedError when the loss is no number or has
         blown up, ShortOfMemoryError when no smaller step is left.
         """
+        # The model is what it begins with: nothing is taken over yet.
+        self.data = with_reference(self.train_step, self.data)
         self.position.restore()
         if self.world.is_first:
             check_disk(self.folder.root, self.position.needed_bytes())
@@ -180,7 +183,7 @@ class Run:
         self.phase.name = "batch"
         batch = self.data.step_batch(self.state.step, self.device, self.world)
         started = time.perf_counter()
-        result = self.train_step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
+        result = self.train_step(batch.micro_batches, num_items=batch.num_items)
         loss = float(result.loss)
         step_s = time.perf_counter() - started
         return {
@@ -190,6 +193,7 @@ class Run:
             "learning_rate": result.learning_rate,
             "tokens": batch.num_tokens,
             "trained_tokens": batch.num_trained_tokens,
+            **{name: float(value) for name, value in result.metrics.items()},
             "positions": batch.num_positions,
             "step_s": step_s,
             "tokens_per_s": batch.num_tokens / step_s,

@@ -21,6 +21,7 @@ from bench.data_audit import (
     find_unlike_serving,
     stop_at,
 )
+from bench.objectives import OBJECTIVES
 from bench.token_cache import tokenize_file
 from bench.world import ALONE, World
 from planner.dataset import Row, Source
@@ -30,12 +31,16 @@ from planner.setup import TrainSetup
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepBatch:
-    """One optimizer step's micro-batches on the device. `num_tokens` are real ones, `num_positions` with padding."""
+    """One optimizer step's micro-batches on the device. `num_tokens` are real ones, `num_positions` with padding.
+
+    `num_items`: what the step's loss is the mean over, trained tokens or pairs.
+    """
 
     micro_batches: list[dict[str, Any]]
     num_tokens: int
     num_trained_tokens: int
     num_positions: int
+    num_items: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -84,6 +89,7 @@ class RunData:
             num_trained_tokens=sum(map(num_trained_tokens, rows)),
             # the ranks' shares are as large
             num_positions=world.size * sum(batch["input_ids"].numel() for batch in collated),
+            num_items=sum(map(OBJECTIVES[self.setup.objective](self.setup).num_items, rows)),
         )
 
 

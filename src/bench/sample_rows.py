@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,12 +28,13 @@ def random_data(setup: TrainSetup, model: Any) -> RunData:
     generator = np.random.default_rng(setup.seed)
     vocab_size = inner_model(model).get_input_embeddings().weight.shape[0]
     num_rows = RANDOM_STEPS * setup.micro_batch_size * setup.grad_accum_steps
-    train = [_random_row(generator, setup.seq_len, vocab_size, number) for number in range(num_rows)]
     num_held_out = setup.eval_batch_size or setup.micro_batch_size
+    draw = partial(_random_row, generator, setup, vocab_size)
+    train = [draw(number) for number in range(num_rows)]
     return RunData(
         setup=setup,
         train=train,
-        held_out=[_random_row(generator, setup.seq_len, vocab_size, -n) for n in range(1, num_held_out + 1)],
+        held_out=[draw(-number) for number in range(1, num_held_out + 1)],
         batches=plan_batches(setup, train),
         sha256="random",
         pad_id=0,
@@ -39,19 +42,24 @@ def random_data(setup: TrainSetup, model: Any) -> RunData:
     )
 
 
-def _random_row(generator: np.random.Generator, num_tokens: int, vocab_size: int, number: int) -> Example:
+def _random_row(generator: np.random.Generator, setup: TrainSetup, vocab_size: int, number: int) -> Example:
+    """A row, or a pair of rows with a reference of 0."""
     from bench.data import IGNORE_INDEX, Example
 
-    ids = generator.integers(0, vocab_size, num_tokens, dtype=np.int32)
-    labels = ids.copy()
-    labels[0] = IGNORE_INDEX
-    return Example(input_ids=ids, labels=labels, group=str(number))
+    rows = []
+    for _ in range(setup.sequences_per_row):
+        ids = generator.integers(0, vocab_size, setup.seq_len, dtype=np.int32)
+        labels = ids.copy()
+        labels[0] = IGNORE_INDEX
+        rows.append(Example(input_ids=ids, labels=labels, group=str(number)))
+    if len(rows) == 1:
+        return rows[0]
+    chosen, rejected = (replace(row, reference_logp=0.0) for row in rows)
+    return replace(chosen, rejected=rejected)
 
 
 def worst_batch(data: RunData, device: torch.device) -> StepBatch:
     """One optimizer step with the longest rows of the data: what needs the most memory."""
-    from dataclasses import replace
-
     rows = data.batches.rows
     lengths = [sum(data.train[number].width for number in row) for row in rows]
     size = data.setup.micro_batch_size * data.setup.grad_accum_steps

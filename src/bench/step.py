@@ -6,16 +6,17 @@ the device or looks at a value, so it runs on fake tensors too (float16's loss s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from bench.build import torch_dtype, trained_parameters
-from bench.loss import LOSSES, Batch, Phase
+from bench.loss import Batch, Loss, Phase
+from bench.objectives import OBJECTIVES
 from bench.optim import Schedule, Steppable, set_learning_rate
 from bench.signals import StopRequestedError
 from planner.setup import TrainSetup
@@ -35,12 +36,14 @@ def never() -> bool:
 class StepResult:
     """Tensors still on the device: reading them is what waits for it.
 
-    `loss` is the mean over the step's trained tokens; `grad_norm` the norm before clipping, None without.
+    `loss` is the mean over the step's trained tokens, or pairs; `grad_norm` the norm before clipping, None without.
+    `metrics`: what the objective says beside the loss.
     """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor | None
     learning_rate: float
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class TrainStep:
@@ -71,20 +74,24 @@ class TrainStep:
         self.num_steps_done = 0
         self.parameters = list(trained_parameters(model).values())
         self.device = self.parameters[0].device
-        self.loss = LOSSES[setup.loss]
+        self.objective = OBJECTIVES[setup.objective](setup)
+        self.loss: Loss = self.objective.loss
         self.scaler = torch.amp.GradScaler(self.device.type) if _needs_scaler(setup) else None
 
-    def __call__(self, micro_batches: Sequence[Batch], *, num_trained_tokens: float) -> StepResult:
-        """Train on the micro-batches, already on the device; `num_trained_tokens` counts all their trained tokens.
+    def __call__(self, micro_batches: Sequence[Batch], *, num_items: float) -> StepResult:
+        """Train on the micro-batches, already on the device; `num_items` counts all
+        their trained tokens, or pairs.
 
         Raises StopRequestedError between micro-batches, with the partial gradients thrown away and the model
         as before the step.
         """
         learning_rate = self._set_learning_rate()
+        # Of a step that was given up, or of an evaluation.
+        self.objective.take_metrics()
         losses = []
         for number, batch in enumerate(micro_batches, start=1):
             with self.exchange(number == len(micro_batches)):
-                losses.append(self.micro_step(batch, num_trained_tokens))
+                losses.append(self.micro_step(batch, num_items))
             if number < len(micro_batches) and self.should_stop():
                 self.optimizer.zero_grad(set_to_none=True)
                 raise StopRequestedError
@@ -92,23 +99,28 @@ class TrainStep:
         with self.phase("optimizer"):
             grad_norm = self.update(loss)
         self.num_steps_done += 1
-        return StepResult(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate)
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            metrics=self.objective.take_metrics(),
+        )
 
     def exchange(self, is_last: bool) -> AbstractContextManager[Any]:
         """Entered around each micro-batch; several ranks exchange gradients in the last one only."""
         return nullcontext()
 
-    def micro_step(self, batch: Batch, num_trained_tokens: float) -> torch.Tensor:
+    def micro_step(self, batch: Batch, num_items: float) -> torch.Tensor:
         """Forward, loss and backward of one micro-batch: its share of the step's loss, detached."""
-        loss = self.forward(batch, num_trained_tokens)
+        loss = self.forward(batch, num_items)
         with self.phase("backward"):
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach()
 
-    def forward(self, batch: Batch, num_trained_tokens: float) -> torch.Tensor:
+    def forward(self, batch: Batch, num_items: float) -> torch.Tensor:
         """The loss of one micro-batch; evaluation uses it under no_grad."""
         with autocast(self.setup, self.device):
-            return self.loss(self.model, batch, num_trained_tokens, self.phase)
+            return self.loss(self.model, batch, num_items, self.phase)
 
     def update(self, loss: torch.Tensor) -> torch.Tensor | None:
         """Clip, step, free the gradients; the gradients' norm before clipping, None without clipping."""

@@ -171,12 +171,13 @@ class Worker:
 
     def load_data(self) -> RunData:
         """The setup's data; without any, random rows of the full length: the worst case."""
+        from bench.reference import without_reference
         from bench.rundata import load_run_data
         from bench.weights import load_tokenizer
 
         if not self.setup.data:
             return random_data(self.setup, self.model)
-        return load_run_data(self.setup, load_tokenizer(self.setup))
+        return without_reference(load_run_data(self.setup, load_tokenizer(self.setup)))
 
     def take_steps(self) -> None:
         """Warm-up, then the timed steps; on CUDA their peaks come along at no cost."""
@@ -202,7 +203,7 @@ class Worker:
         batch = self.data.step_batch(self.step.num_steps_done, self.device)
         self.synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
-        result = self.step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
+        result = self.step(batch.micro_batches, num_items=batch.num_items)
         self.synchronize()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         self.emit("step", wall_s=wall, cpu_s=cpu, num_tokens=batch.num_tokens, loss=float(result.loss))
@@ -232,7 +233,7 @@ class Worker:
             self.live.log = log
         self.step.on_gradients = self.note_gradients
         with self.live or nullcontext():
-            self.step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
+            self.step(batch.micro_batches, num_items=batch.num_items)
         self.step.on_gradients = None
         self.report_terms()
         if self.device.type == "cuda" and not self.setup.compile:
@@ -250,7 +251,7 @@ class Worker:
         self.step.phase = log.within(self.meter)
         try:
             with AllocatedAfterEach(self.device, log):
-                self.step(batch.micro_batches, num_trained_tokens=batch.num_trained_tokens)
+                self.step(batch.micro_batches, num_items=batch.num_items)
         except Exception as error:
             if is_out_of_memory(error):
                 raise

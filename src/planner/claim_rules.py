@@ -34,6 +34,7 @@ from planner.price_book import PriceBook, best_offers, shipped_book
 from planner.price_dates import first_day
 from planner.recipes import recipe, shared_by
 from planner.results import Estimate
+from planner.run_length import tokens_per_step
 from planner.search import plan
 from planner.setup import TrainSetup
 from planner.specs import Machine
@@ -214,7 +215,7 @@ def _run(case: Case, prices: Prices, currency: str) -> Finding:
     if found.estimate is None or found.estimate.time is None or case.num_tokens is None:
         return replace(found, holds=None)
     setup, time = found.estimate.setup, found.estimate.time
-    steps = case.num_tokens / (setup.global_batch_size * setup.seq_len)
+    steps = case.num_tokens / tokens_per_step(setup)
     hours = Span(low=steps * time.low_step_s / HOUR_S, high=steps * time.high_step_s / HOUR_S)
     hourly, source = _hourly(case, prices, currency)
     money = None if hourly is None else hourly.times(hours.low, hours.high)

@@ -145,7 +145,7 @@ def plan_command(
     With one --gpu alone, the first choice that fits. With --goal, --budget, --deadline, --cloud or several --gpu, the
     best of all methods, precisions, batches, shardings, machines and offers, and the front of time, cost and quality.
     Quality is an order, never a number: tokens that aren't cut off, then full before LoRA before QLoRA, then the rank
-    (docs/search.md has the sources). Every option below fixes what would otherwise be chosen. Exit code 3 means that
+    (docs/search.md has the sources). Rows with a chosen and a rejected answer: --objective dpo. Every option below fixes what would otherwise be chosen. Exit code 3 means that
     nothing fits, or nothing is within the limits.
     """
     from planner.search import open_model

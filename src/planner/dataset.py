@@ -15,12 +15,9 @@ from planner.dataset_files import READERS, Fault, Reader, data_files
 from planner.dataset_formats import accepted_columns, detect
 from planner.dataset_turns import Content, Format, Message, Pair, RowError
 from planner.errors import DataError
-
-PAIRED = ("dpo",)
-"""Objectives that learn from two answers to each prompt."""
+from planner.setup import PAIRED
 
 __all__ = [
-    "PAIRED",
     "DatasetFacts",
     "FaultyRow",
     "Message",

@@ -16,7 +16,7 @@ from planner.methods import find_method
 from planner.recipes import attention_for
 from planner.resolve import resolve_model
 from planner.results import Estimate, Memory
-from planner.setup import TrainSetup
+from planner.setup import PAIRED, TrainSetup
 from planner.specs import Machine, ModelSpec
 from planner.stack import NEWEST_KNOWN, parse_stack
 from planner.timing import Clock
@@ -27,10 +27,7 @@ NOT_MODELLED = (
     "the allocator's exact fragmentation (a share is assumed)",
     "dropout inside the model itself",
 )
-NOT_MODELLED_VALUES = (
-    ("objective", "dpo", "DPO's second sequence and reference model: counted as sft"),
-    ("checkpointing", "selective", "selective checkpointing: counted as none"),
-)
+NOT_MODELLED_VALUES = (("checkpointing", "selective", "selective checkpointing: counted as none"),)
 """Field, value, and what is left out where a setup has it."""
 NOT_MODELLED_SHARDED = {
     "zero3": "which weights ZeRO-3 keeps gathered when the model exceeds its reuse distance: counted high",
@@ -167,6 +164,8 @@ class Estimator:
             self.uncertainty.note,
             self._clock.note,
         ]
+        if self.setup.objective in PAIRED:
+            words.append("the reference is computed before the first step: no second model in memory")
         if self.model.architecture == "encoder-decoder":
             words.append(f"the encoder reads and the decoder writes {self.setup.seq_len} tokens each")
         if isinstance(self._memory, TracedMemoryModel):
@@ -177,6 +176,10 @@ class Estimator:
         """What the numbers leave out for this setup."""
         setup = self.setup
         found = [what for field, value, what in NOT_MODELLED_VALUES if getattr(setup, field) == value]
+        if setup.stack and setup.objective in PAIRED:
+            found.append(
+                "what a trainer of that stack holds for pairs of answers: counted as finefit's own step"
+            )
         sharded = NOT_MODELLED_SHARDED.get(setup.sharding) if setup.num_gpus > 1 else None
         return [*NOT_MODELLED, *found, *([sharded] if sharded else [])]
 

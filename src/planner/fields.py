@@ -16,6 +16,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "tokenizer",
         "from_scratch",
         "objective",
+        "dpo_beta",
         "data",
         "eval_fraction",
         "eval_batch_size",

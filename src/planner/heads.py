@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.linears import Linears, Recipe
 from planner.operations import Product
@@ -22,7 +22,8 @@ class LossBytes:
     still holds the 16-bit logits, or the head's input, while the loss runs; `in_place_grad`: a fused cross-entropy
     writes the gradient over the float32 logits; `scaled`: logits are multiplied once; `shifted`: something is added to them; `capped`: by a tanh.
     `ends_at_logits`: the forward only. Chunk by chunk: `chunk_tokens` at a time; `widens`: with a float32 copy of a
-    chunk's 16-bit logits, `num_slopes` float32 tensors like it beside; `evaluates`: without gradients.
+    chunk's 16-bit logits, `num_slopes` float32 tensors like it beside; `evaluates`: without gradients; `is_recomputed`:
+    the backward makes them again, since only then it is known how much each token weighs.
     """
 
     shift_copy: bool = False
@@ -37,6 +38,7 @@ class LossBytes:
     widens: bool = True
     num_slopes: int = 0
     evaluates: bool = False
+    is_recomputed: bool = False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -57,7 +59,9 @@ def _recorded(model: ModelSpec, norm: str, recipe: Recipe, kind: LossBytes, widt
     layers = block.tape.input(size, width)
     stream = block.tape.run([layers], size, width, shares_grad=True)
     hidden = block.transformed(stream, model, norm)
-    if model.head is not None and kind.chunk_tokens:
+    if model.head is not None and kind.is_recomputed:
+        block.chunked_log_probs(hidden, model.head, kind)
+    elif model.head is not None and kind.chunk_tokens:
         block.chunked_loss(hidden, model.head, kind)
     elif model.head is not None:
         block.loss(hidden, model.head, kind)
@@ -141,11 +145,7 @@ class _Head(Linears):
         temp = _chunk_bytes(head, kind, width, copies_rows=hidden.width != width)
         temp += (recipe.weight != width) * width * head.num_weights
         if not kind.evaluates:
-            product = (trains and recipe.weight != width) * width * head.num_weights
-            product = max(product, kind.chunk_tokens * width * head.in_features)
-            # By then a softcap's derivative alone is left of what it was made of.
-            done = FULL_WIDTH * max(0, kind.num_slopes - 1) * kind.chunk_tokens * head.out_features
-            temp += max(0, product - done)
+            temp += self._chunk_product(head, kind, width)
         per_logit = _bytes_per_logit(kind, width)
         num_products = 1 if kind.evaluates else 2 + trains
         weight_reads = num_products * width * head.num_weights / kind.chunk_tokens
@@ -162,6 +162,38 @@ class _Head(Linears):
         )
         grads.grad_size = ZERO
         self.tape.run([grads], ZERO, FULL_WIDTH, category=LOGITS)
+
+    def chunked_log_probs(self, hidden: Tensor, head: Matrix, kind: LossBytes) -> None:
+        """One number for each token; the backward makes each chunk's logits again, and from them the gradients."""
+        recipe = self.recipe
+        width = recipe.compute if recipe.autocast else hidden.width
+        plain = replace(kind, num_slopes=0)
+        copied = (recipe.weight != width) * width * head.num_weights
+        chunk = copied + _chunk_bytes(head, plain, width, copies_rows=hidden.width != width)
+        made = _chunk_bytes(head, kind, width, copies_rows=hidden.width != width) + copied
+        num_products = 2 + recipe.trains_base
+        reads = (1 + num_products) * width * head.num_weights / kind.chunk_tokens
+        logps = self.tape.run(
+            [hidden],
+            per_token(FULL_WIDTH),
+            FULL_WIDTH,
+            saves=[hidden],
+            temp=constant(chunk),
+            grad_temp=constant(made + self._chunk_product(head, kind, width)),
+            weight_grad=constant(head.num_weights * recipe.weight) if recipe.trains_base else ZERO,
+            category=LOGITS,
+            product=Product(flops=per_token(2.0 * head.num_weights), backward=float(num_products)),
+            traffic=per_token(4.0 * _bytes_per_logit(kind, width) * head.out_features + reads),
+        )
+        self.tape.run([logps], ZERO, FULL_WIDTH, category=LOGITS)
+
+    def _chunk_product(self, head: Matrix, kind: LossBytes, width: int) -> int:
+        """What a chunk's gradients of rows or weight are before they are added, over what is gone by then."""
+        trains = self.recipe.trains_base and self.recipe.weight != width
+        product = max(trains * width * head.num_weights, kind.chunk_tokens * width * head.in_features)
+        # By then a softcap's derivative alone is left of what it was made of.
+        done = FULL_WIDTH * max(0, kind.num_slopes - 1) * kind.chunk_tokens * head.out_features
+        return max(0, product - done)
 
     def _hold_until_loss(self, tensor: Tensor) -> None:
         """A Python variable that keeps a tensor alive until the loss is there."""

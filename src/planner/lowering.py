@@ -11,7 +11,7 @@ from planner.layers import adapted_matrices, adapter_rank
 from planner.linears import Recipe
 from planner.methods import find_method
 from planner.optimizers import find_optimizer
-from planner.setup import TrainSetup
+from planner.setup import PAIRED, TrainSetup
 from planner.sharding import STRATEGIES
 from planner.specs import ModelSpec
 from planner.stack import OWN_LOSS_FAMILIES, Stack, repeats_groups
@@ -103,7 +103,7 @@ def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, e
     they were widened first, and under Granite's own loss.
     """
     if setup.loss == "chunked":
-        return _chunked_bytes(model, tokens, evaluates)
+        return _chunked_bytes(model, tokens, evaluates, weighs_answers=setup.objective in PAIRED)
     if setup.loss == "fused":
         return LossBytes(chunk_tokens=liger_chunk_tokens(model, tokens), widens=False)
     is_old = stack.shifts_logits
@@ -133,8 +133,8 @@ def _all_logits(
     )
 
 
-def _chunked_bytes(model: ModelSpec, tokens: int, evaluates: bool) -> LossBytes:
-    """bench.loss.ChunkedCrossEntropy: each chunk in the memory of the one before it.
+def _chunked_bytes(model: ModelSpec, tokens: int, evaluates: bool, *, weighs_answers: bool) -> LossBytes:
+    """bench.loss.ChunkedCrossEntropy, or bench.logprobs.ChunkedLogProbs: each chunk in the memory of the one before it.
 
     The logits in the dtype of the product, and widened to float32 where that is narrower; beside them a softcap's
     derivative, the square that it is made of, and the derivative of the chunk before.
@@ -142,6 +142,7 @@ def _chunked_bytes(model: ModelSpec, tokens: int, evaluates: bool) -> LossBytes:
     has_slope = model.logit_softcap and not evaluates
     return LossBytes(
         evaluates=evaluates,
+        is_recomputed=weighs_answers,
         chunk_tokens=min(LOSS_CHUNK_TOKENS, tokens),
         num_slopes=has_slope * (3 if tokens > LOSS_CHUNK_TOKENS else 2),
     )

@@ -54,7 +54,10 @@ SAFETENSORS_COPIES_KEPT = 2
 
 
 class MemoryModel:
-    """One setup and model; answers any batch and length."""
+    """One setup and model; answers any batch and length.
+
+    Batches are asked for in rows of the data, of which some objectives make several sequences each.
+    """
 
     def __init__(
         self,
@@ -80,8 +83,12 @@ class MemoryModel:
         )
 
     def _phases(self, micro_batch_size: int, seq_len: int) -> dict[str, Terms]:
+        return Step(self.run, Shape(*self._positions(micro_batch_size, seq_len))).phases()
+
+    def _positions(self, num_rows: int, seq_len: int) -> tuple[int, int]:
+        """Those of a micro-batch, and of a sequence, with what a method puts ahead."""
         length = seq_len + self.run.added_tokens
-        return Step(self.run, Shape(micro_batch_size * length, length)).phases()
+        return num_rows * self.setup.sequences_per_row * length, length
 
     def at(self, micro_batch_size: int, seq_len: int) -> Memory:
         """Phases and terms for micro-batches of `micro_batch_size` rows of `seq_len` tokens."""
@@ -104,13 +111,11 @@ class MemoryModel:
     def _alike(self, shapes: Iterable[tuple[int, int]]) -> Iterable[list[tuple[int, int]]]:
         kinds: dict[Hashable, list[tuple[int, int]]] = {}
         for rows, length in dict.fromkeys(shapes):
-            whole = length + self.run.added_tokens
-            kinds.setdefault(self.run.kind(rows * whole, whole), []).append((rows, length))
+            kinds.setdefault(self.run.kind(*self._positions(rows, length)), []).append((rows, length))
         return kinds.values()
 
     def _in_arrays(self, alike: Sequence[tuple[int, int]]) -> Iterator[Memory]:
-        lengths = [length + self.run.added_tokens for _, length in alike]
-        shapes = Shapes([rows * n for (rows, _), n in zip(alike, lengths, strict=True)], lengths)
+        shapes = Shapes(*zip(*(self._positions(*shape) for shape in alike), strict=True))
         phases = Step(self.run, shapes).phases()
         totals = [shapes.each_rounded(sum(phases[name].values())) for name in PHASES]
         terms = {

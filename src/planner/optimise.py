@@ -24,6 +24,7 @@ from planner.places import Place
 from planner.price_book import PriceBook
 from planner.quality import RUNGS, Quality, Rung, filling_rank, rungs
 from planner.recipes import attention_for, describe_rates, rates_for
+from planner.run_length import tokens_per_step
 from planner.run_time import RunTime, run_time
 from planner.search import LENGTH_STEP, batch_shape
 from planner.setup import TrainSetup
@@ -261,7 +262,7 @@ def _seconds(found: Fitted, run: RunTime | None) -> Span | None:
     time, setup = found.estimate.time, found.estimate.setup
     if time is None:
         return None
-    steps = TOKENS_OF_A_RATE / (setup.global_batch_size * setup.seq_len)
+    steps = TOKENS_OF_A_RATE / tokens_per_step(setup)
     return Span(low=steps * time.low_step_s, high=steps * time.high_step_s)
 
 
@@ -286,7 +287,7 @@ def describe_batch(setup: TrainSetup, lengths: DataLengths | None) -> str:
     known = "" if lengths is None else f"; the longest row has {lengths.longest} ({lengths.source})"
     return (
         f"micro-batch {setup.micro_batch_size} x {setup.grad_accum_steps} accumulation x {setup.num_gpus} GPU(s) = "
-        f"{setup.global_batch_size} sequences per step of {setup.seq_len} tokens{known}"
+        f"{setup.global_batch_text} per step of {setup.seq_len} tokens{known}"
     )
 
 

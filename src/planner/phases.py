@@ -355,7 +355,7 @@ class Step:
     def _eval(self) -> Terms:
         """The head, or a layer beside its input and the embeddings' output, which the model's forward holds."""
         setup, run = self.run.setup, self.run
-        shape = self.shape if setup.eval_batch_size is None else self.shape.with_rows(setup.eval_batch_size)
+        shape = self.shape if setup.eval_sequences is None else self.shape.with_rows(setup.eval_sequences)
         inputs, stream = self._input_bytes(shape.tokens), self.stream * shape.tokens / self.shape.tokens
         copies = {"workspace": self._cached(self.layering.whole) + run.buffers.eval_loss}
         head = shape.peak(run.head(shape, self.width, evaluates=True).no_grad)

@@ -100,7 +100,7 @@ class Run:
         """What is equal for two batch shapes whose memory differs in nothing but sizes: a planner.shapes.Shapes."""
         setup = self.setup
         masked = self.masked(seq_len)
-        eval_tokens = tokens if setup.eval_batch_size is None else setup.eval_batch_size * seq_len
+        eval_tokens = tokens if setup.eval_sequences is None else setup.eval_sequences * seq_len
         chunks = (self._loss_bytes(tokens, False), self._loss_bytes(eval_tokens, True))
         return masked, tokens <= seq_len, chunks, self._reach(seq_len)
 

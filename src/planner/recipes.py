@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from planner.families import attentions
-from planner.methods import find_method, peak_learning_rate
+from planner.methods import RATE_SHARES, find_method, learning_rate_source, peak_learning_rate
 from planner.setup import CHOICES, TrainSetup
 from planner.specs import GpuProfile, ModelSpec
 
@@ -65,14 +65,16 @@ def rates_for(setup: TrainSetup, model: ModelSpec) -> dict[str, Any]:
     """The learning rate where the method's own isn't for a model of this size, and nothing is asked for."""
     rate = find_method(setup.method).large_learning_rate
     is_large = not model.is_traced and model.num_params > LARGE_MODEL_PARAMS
-    return {"learning_rate": rate} if rate and is_large and setup.learning_rate is None else {}
+    if not (rate and is_large and setup.learning_rate is None):
+        return {}
+    return {"learning_rate": rate * RATE_SHARES.get(setup.objective, 1)}
 
 
 def describe_rates(setup: TrainSetup, model: ModelSpec, wanted_rank: int = USUAL_RANK) -> Iterator[str]:
     """Learning rate, warm-up and rank with their sources; `wanted_rank` is what the data could fill."""
     default = rates_for(setup.with_(learning_rate=None), model).get("learning_rate")
     is_default = setup.learning_rate in (None, default)
-    source = find_method(setup.method).learning_rate_source if is_default else "as asked"
+    source = learning_rate_source(setup) if is_default else "as asked"
     yield f"learning rate {peak_learning_rate(setup):g} ({source})"
     if setup.warmup_steps is None:
         yield f"warm-up over {100 * WARMUP_SHARE:g} % of the steps ({WARMUP_SOURCE})"

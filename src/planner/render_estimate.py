@@ -8,7 +8,7 @@ from typing import Any
 from planner.methods import find_method
 from planner.render import format_bars, format_facts, paint, printable, wrap
 from planner.results import ALLOCATED_TERMS, Estimate, Fit, Interval, Memory, Plan, Time
-from planner.setup import TrainSetup
+from planner.setup import PAIRED, TrainSetup
 from planner.units import format_bytes, format_count, format_duration
 
 VERDICT_TONES = {"fits": "good", "tight": "doubtful", "does-not-fit": "bad"}
@@ -55,7 +55,8 @@ def describe_batch(setup: TrainSetup) -> str:
     """Batch and length in words."""
     accumulation = f" x {setup.grad_accum_steps} accumulated" if setup.grad_accum_steps > 1 else ""
     packing = ", packed" if setup.packing else ""
-    return f"{setup.micro_batch_size}{accumulation}, {setup.seq_len} tokens each{packing}"
+    pairs = " pairs" if setup.objective in PAIRED else ""
+    return f"{setup.micro_batch_size}{pairs}{accumulation}, {setup.seq_len} tokens each{packing}"
 
 
 def describe_step(setup: TrainSetup) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.cost import Span
 from planner.render import format_facts
-from planner.run_time import NUM_EVALS, RunTime
+from planner.run_time import RunTime
 from planner.units import format_duration
 
 
@@ -54,6 +54,7 @@ def _describe_total(run: RunTime) -> str:
         return "unknown: no time is known for this card (finefit bench measures it)"
     parts = [f"{describe_span(run.train_s)} of steps"]
     if run.eval_s is not None:
-        parts.append(f"{describe_span(run.eval_s)} of {NUM_EVALS} evaluations")
+        reference = " and the reference" if run.computes_reference else ""
+        parts.append(f"{describe_span(run.eval_s)} of {run.num_evals} evaluations{reference}")
     parts.append(f"{describe_span(run.save_s)} of {run.num_saves} saves")
     return f"{describe_span(total)}: {', '.join(parts)}"

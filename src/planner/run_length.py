@@ -26,7 +26,7 @@ class RunLength:
 
 def tokens_per_step(setup: TrainSetup) -> int:
     """Token positions of one optimizer step, padding included."""
-    return setup.global_batch_size * setup.seq_len
+    return setup.global_batch_size * setup.sequences_per_row * setup.seq_len
 
 
 def length_by_plan(setup: TrainSetup) -> RunLength | None:

@@ -1,7 +1,8 @@
 """A whole run's hours: steps of the lengths that the data really has, evaluations and saves, each as a range.
 
 A step is timed at the positions that its micro-batches have on average: without packing they are padded to their
-longest row only. What `finefit train` does by default is counted: an evaluation before and one after, ten saves.
+longest row only. What `finefit train` does by default is counted: an evaluation before and one after, ten saves, and
+with pairs of answers one pass for their reference.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from planner.lengths import DataLengths
 from planner.methods import find_method
 from planner.results import Time
 from planner.run_length import RunLength, held_out_rows, length_by_lengths, length_by_plan, length_by_tokens
-from planner.setup import TrainSetup
+from planner.setup import PAIRED, TrainSetup
 from planner.specs import Machine, ModelSpec
 from planner.timing import step_time
 
@@ -44,7 +45,10 @@ class Filling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunTime:
-    """The parts of a run in seconds. `tokens` are real ones of the whole run, without padding."""
+    """The parts of a run in seconds. `tokens` are real ones of the whole run, without padding.
+
+    `computes_reference`: pairs of answers are read once more before the first step, which `eval_s` counts.
+    """
 
     length: RunLength
     filling: Filling
@@ -55,6 +59,7 @@ class RunTime:
     eval_s: Span | None
     save_s: Span | None
     lengths_source: str | None
+    computes_reference: bool = False
 
     @property
     def total_s(self) -> Span | None:
@@ -115,6 +120,7 @@ def run_time(
         eval_s=_eval_seconds(setup, lengths, held_out, positions, time),
         save_s=_save_seconds(setup, model, found),
         lengths_source=None if lengths is None else lengths.source,
+        computes_reference=setup.objective in PAIRED,
     )
 
 
@@ -129,7 +135,7 @@ def positions_per_row(setup: TrainSetup, lengths: DataLengths | None) -> float:
     """Positions of one sequence of a micro-batch on average, padding included."""
     if lengths is None or setup.packing or setup.compile:
         return float(setup.seq_len)
-    return lengths.padded_mean(setup.seq_len, setup.micro_batch_size)
+    return lengths.padded_mean(setup.seq_len, setup.micro_batch_size * setup.sequences_per_row)
 
 
 def _step_time_at(
@@ -169,12 +175,15 @@ def forward_share(setup: TrainSetup) -> float:
 def _eval_seconds(
     setup: TrainSetup, lengths: DataLengths | None, held_out: int, positions: float, time: Time | None
 ) -> Span | None:
-    if time is None or lengths is None or not held_out:
+    """Evaluations, and the pass over all rows that computes the reference of pairs of answers."""
+    num_rows = NUM_EVALS * held_out
+    if lengths is not None and setup.objective in PAIRED:
+        num_rows += lengths.num_rows
+    if time is None or lengths is None or not num_rows:
         return None
     per_step = setup.global_batch_size * positions
     # packed, or the longest rows first: next to no padding
-    evaluated = held_out * lengths.kept_mean(setup.seq_len)
-    share = NUM_EVALS * forward_share(setup) * evaluated / per_step
+    share = forward_share(setup) * num_rows * lengths.kept_mean(setup.seq_len) / per_step
     return Span(low=share * time.low_step_s, high=share * time.high_step_s)
 
 
@@ -197,7 +206,8 @@ def _tokens(setup: TrainSetup, lengths: DataLengths | None) -> Span | None:
     if setup.max_steps is not None:
         per_sequence = lengths.packed_share(setup.seq_len) if setup.packing else 1.0
         rows = setup.max_steps * setup.global_batch_size / per_sequence
-    return Span(low=rows * kept * lengths.low_factor, high=rows * kept * lengths.high_factor)
+    total = rows * setup.sequences_per_row * kept
+    return Span(low=total * lengths.low_factor, high=total * lengths.high_factor)
 
 
 def _filling(setup: TrainSetup, lengths: DataLengths | None, positions: float) -> Filling:

@@ -304,7 +304,7 @@ def _reasons(
     asked = "" if setup.global_batch_size == wanted else f" (asked: {wanted})"
     return (
         f"{candidate.label}: {first}",
-        f"{batch} = {setup.global_batch_size} {'sequence' if setup.global_batch_size == 1 else 'sequences'} per step{asked}",
+        f"{batch} = {setup.global_batch_text} per step{asked}",
         *shape.reasons,
     )
 

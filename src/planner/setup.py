@@ -31,19 +31,27 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 """The legal values of the fields that are a closed choice; methods and optimizers are registries."""
 
 
+PAIRED = ("dpo",)
+"""Objectives that learn from two answers to each prompt."""
+SEQUENCES_PER_ROW = dict.fromkeys(PAIRED, 2)
+"""By objective; 1 for those that aren't here."""
+
+
 def _doc(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSetup:
-    """One configuration of one run. Sizes of batches count sequences per GPU, lengths count tokens.
+    """One configuration of one run. Sizes of batches count sequences per GPU (pairs, where there are pairs of answers),
+    lengths count tokens.
 
     Raises SetupError (exit 2) naming the field when a value is illegal or contradicts another.
     """
 
     model: str | Mapping[str, Any] = _doc("profile name, folder, hub id, or an inline config.json", "")
     objective: str = _doc("what is learned", "sft")
+    dpo_beta: float = _doc("how much a preference weighs against staying near the first model (DPO)", 0.1)
     revision: str | None = _doc("revision of the hub model", None)
     tokenizer: str | None = _doc("tokenizer name or folder, where the model brings none", None)
     from_scratch: bool = _doc("start from seeded random weights", False)
@@ -124,13 +132,23 @@ class TrainSetup:
         return cls(**values)
 
     @property
+    def sequences_per_row(self) -> int:
+        """Sequences that the model reads for one row of the data: of a pair of answers, both conversations."""
+        return SEQUENCES_PER_ROW.get(self.objective, 1)
+
+    @property
+    def eval_sequences(self) -> int | None:
+        """Sequences of an evaluation's batch; None where they are those of a micro-batch."""
+        return None if self.eval_batch_size is None else self.eval_batch_size * self.sequences_per_row
+
+    @property
     def tokens_per_micro_batch(self) -> int:
         """Token positions (padding included) in one forward pass of one GPU."""
-        return self.micro_batch_size * self.seq_len
+        return self.micro_batch_size * self.sequences_per_row * self.seq_len
 
     @property
     def global_batch_size(self) -> int:
-        """Sequences per optimizer step over all GPUs."""
+        """Sequences, or pairs, per optimizer step over all GPUs."""
         ranks = 1 if self.sharding == "device_map" else self.num_gpus
         return self.micro_batch_size * self.grad_accum_steps * ranks
 
@@ -140,6 +158,12 @@ class TrainSetup:
         stack has its own ways.
         """
         return self.padding_free and self.stack is None
+
+    @property
+    def global_batch_text(self) -> str:
+        """The same in words: `16 sequences`, `1 pair`."""
+        name = "pair" if self.objective in PAIRED else "sequence"
+        return f"{self.global_batch_size} {name}{'' if self.global_batch_size == 1 else 's'}"
 
     @property
     def uses_adapters(self) -> bool:
@@ -193,6 +217,7 @@ def _check_values(setup: TrainSetup) -> None:
 
 _RANGES = (
     ("eval_fraction", 0.0, 0.9),
+    ("dpo_beta", 1e-6, 1e6),
     ("dropout", 0.0, 0.99),
     ("alpha", 1e-6, 1e6),
     ("rank", 1, 65_536),
@@ -268,6 +293,16 @@ _CONTRADICTIONS: tuple[tuple[str, Any, str], ...] = (
         "packing",
         lambda s: s.packing and s.objective in ("mlm", "seq2seq", "seq-cls", "dpo"),
         "rows can be packed only for objectives sft and pretrain",
+    ),
+    (
+        "padding_free",
+        lambda s: s.padding_free and s.objective in PAIRED,
+        "each answer of a pair stands in a row of its own",
+    ),
+    (
+        "loss",
+        lambda s: s.loss == "fused" and s.objective == "dpo",
+        "fused gives no log probability of a whole answer; use chunked",
     ),
     (
         "optimizer_in_backward",

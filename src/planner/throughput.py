@@ -148,7 +148,8 @@ class TimeModel:
     def at(self, micro_batch_size: int, seq_len: int) -> StepTime:
         """The time of a step with micro-batches of that shape."""
         length = seq_len + self.run.added_tokens
-        forward, backward = self._passes(micro_batch_size * length, length)
+        tokens = micro_batch_size * self.setup.sequences_per_row * length
+        forward, backward = self._passes(tokens, length)
         sent, count = self._traffic, self.setup.grad_accum_steps
         passes = Seconds()
         passes.add(self._beside(forward, sent.forward_bytes), count)

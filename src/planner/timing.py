@@ -163,7 +163,8 @@ class Clock:
         step = self._timer.at(micro_batch_size, seq_len)
         total = step.seconds
         low, high = self._ratios(total)
-        tokens = micro_batch_size * seq_len * self.setup.global_batch_size // self.setup.micro_batch_size
+        num_rows = micro_batch_size * self.setup.global_batch_size // self.setup.micro_batch_size
+        tokens = num_rows * self.setup.sequences_per_row * seq_len
         return Time(
             step_s=total.total,
             low_step_s=total.total * low,

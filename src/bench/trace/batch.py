@@ -14,11 +14,14 @@ def fake_batch(setup: TrainSetup, num_rows: int) -> dict[str, Any]:
     """What bench.batching.micro_batch makes of rows without padding: int64 [num_rows, seq_len], or all in one row.
 
     Hugging Face's collators, which a named stack stands for, give no positions. An encoder-decoder reads `seq_len`
-    tokens and writes as many.
+    tokens and writes as many. `num_rows` are the data's: of a pair of answers the model reads two sequences.
     """
+    num_rows *= setup.sequences_per_row
     shape = (num_rows, setup.seq_len)
     names = ("input_ids", "labels", "decoder_input_ids")[: 3 if setup.objective == "seq2seq" else 2]
     batch = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+    if setup.sequences_per_row > 1:
+        batch["reference_logps"] = torch.zeros(num_rows)
     if not setup.stack and setup.objective != "seq2seq":
         batch["position_ids"] = torch.arange(setup.seq_len).repeat(num_rows, 1)
     return _joined(setup, batch) if setup.joins_rows else batch

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bench.build import AUTO_CLASSES
+from bench.objectives import OBJECTIVES
 from bench.remote_code import trust_code
 from bench.trace.allocator_rules import AllocatorRules
 from bench.trace.coefficients import learn
@@ -19,7 +20,7 @@ from planner.estimate import estimate, resolve
 from planner.memory import CUBLAS_HANDLES, memory_model
 from planner.resolve import read_config
 from planner.results import PHASES, TERMS, Estimate, Memory
-from planner.setup import TrainSetup
+from planner.setup import PAIRED, TrainSetup
 from planner.specs import Machine
 from planner.stack import parse_stack
 from planner.uncertainty import Uncertainty
@@ -31,8 +32,13 @@ TRACED_SHARDINGS = ("ddp", "fsdp")
 _UNTRACED: tuple[tuple[str, Callable[[TrainSetup], bool], str], ...] = (
     (
         "objective",
-        lambda s: s.objective not in ("sft", "pretrain", "mlm", "seq2seq"),
-        "`finefit train` can't run it, so there is no step to trace; sft, pretrain, mlm and seq2seq can be traced",
+        lambda s: s.objective not in OBJECTIVES,
+        f"it has no step that could be traced; {', '.join(OBJECTIVES)} have one",
+    ),
+    (
+        "stack",
+        lambda s: s.stack is not None and s.objective in PAIRED,
+        "what other versions' trainers do with pairs of answers isn't traced; leave it out",
     ),
     (
         "sharding",

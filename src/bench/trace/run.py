@@ -34,6 +34,7 @@ from bench.trace.stacks import apply_stack, stack_loss
 from bench.trace.stitch import NotPeriodicError, stitch
 from bench.trace.tracker import Tracker, layer_numbers
 from planner.errors import FinefitError
+from planner.lowering import LOSS_CHUNK_TOKENS
 from planner.optimizers import find_optimizer
 from planner.setup import TrainSetup
 from planner.sharding import STRATEGIES
@@ -47,6 +48,8 @@ NUM_LARGEST = 10
 MAX_OPS_PER_LAYER = 10_000
 """Two steps of a layer with adapters and checkpointing take 1,000 to 3,000 operators; a loop over tokens takes more
 time than anyone waits."""
+MAX_OPS_PER_CHUNK = 500
+"""Beside them: of a chunked loss in two steps of two micro-batches, forward and backward; it takes fewer than 100 a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,7 +255,7 @@ def record_on(
         if on_gpu:
             _choose_foreach(step.optimizer)
         num_layers = 1 + max(layer_numbers(model, [n for n, _ in model.named_modules()]).values(), default=-1)
-        tracker.max_ops = MAX_OPS_PER_LAYER * max(1, num_layers)
+        tracker.max_ops = _most_ops(setup, num_layers)
         with tensors, tracker:
             _run(step, tracker, setup)
             _mark_paged(tracker, setup, step.optimizer)
@@ -266,6 +269,12 @@ def record_on(
         num_layers=num_layers,
         rounding_bytes=CUDA_ROUNDING_BYTES if on_gpu else 1,
     )
+
+
+def _most_ops(setup: TrainSetup, num_layers: int) -> int:
+    """More than any step takes that is worth waiting for."""
+    num_chunks = 0 if setup.loss == "full" else setup.tokens_per_micro_batch // LOSS_CHUNK_TOKENS
+    return MAX_OPS_PER_LAYER * max(1, num_layers) + MAX_OPS_PER_CHUNK * num_chunks
 
 
 def _build_step(
@@ -300,7 +309,7 @@ def _run(step: TrainStep, tracker: Tracker, setup: TrainSetup) -> None:
     for tracker.step in range(1, NUM_STEPS + 1):
         tracker.begin("batch")
         batches = [fake_batch(setup, setup.micro_batch_size) for _ in range(num_micro_batches)]
-        step(batches, num_trained_tokens=num_trained)
+        step(batches, num_items=num_trained)
         del batches
     tracker.begin("save")
     # Something must be allocated for a moment to be seen.

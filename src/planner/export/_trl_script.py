@@ -6,7 +6,7 @@ Parts are constant texts; all that a user chose stands in the constants above th
 from __future__ import annotations
 
 HEAD = '''\
-"""Supervised fine-tuning with TRL. Made by finefit from a plan; sft_config.yaml beside it belongs to it.
+"""{what} with TRL. Made by finefit from a plan; {config_file} beside it belongs to it.
 
 Start it with: {start}
 Paths are relative to the folder that it is started from.
@@ -40,8 +40,7 @@ def read_table():
     return load_dataset(READERS[suffix], data_files=[str(f) for f in files], split="train", **options)
 '''
 
-SFT_ROWS = '''\
-QUESTIONS, ANSWERS = ("instruction", "prompt", "question"), ("output", "response", "completion", "answer")
+ROLES = """\
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -52,6 +51,10 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+"""
+
+SFT_ROWS = '''\
+QUESTIONS, ANSWERS = ("instruction", "prompt", "question"), ("output", "response", "completion", "answer")
 
 
 def to_turns(row):
@@ -86,6 +89,56 @@ def load_rows():
     if several:
         print(f"{several} rows have several answers; TRL trains on the last one of each", file=sys.stderr)
     return rows.remove_columns("answers")
+'''
+
+PAIR_ROWS = '''\
+PROMPTS = ("prompt", "instruction", "question", "conversations")
+
+
+def turns(value, role):
+    """A text of that role, one turn, or a list of turns, as [{"role": …, "content": …}]."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    given = value if isinstance(value, list) else [value]
+    pairs = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in given]
+    return [{"role": ROLES.get(name, name), "content": content} for name, content in pairs]
+
+
+def before(row):
+    """The turns that come before both answers; none where each answer is a whole conversation."""
+    value = next((row[name] for name in PROMPTS if row.get(name)), [])
+    earlier = []
+    if isinstance(value, str):
+        context = "instruction" in row and row.get("input") or ""
+        value = "\\n\\n".join(part for part in (value, context) if part.strip())
+        earlier = [text for pair in row.get("history") or [] for text in pair]
+    first = turns(row["system"], "system") if row.get("system") else []
+    pairs = zip(("user", "assistant") * len(earlier), earlier)
+    return first + [{"role": role, "content": text} for role, text in pairs] + turns(value, "user")
+
+
+def to_conversations(row):
+    """The chosen conversation and the rejected one, whichever of the usual columns the row has."""
+    if row.get("rejected_response"):
+        system = turns(row["system"], "system") if row.get("system") else []
+        chosen = system + turns(row["messages"], "user")
+        return chosen, chosen[:-1] + turns(row["rejected_response"], "assistant")
+    answers = [
+        turns(row.get(name) or row[f"response_{name}"], "assistant") for name in ("chosen", "rejected")
+    ]
+    return [answer if answer[0]["role"] != "assistant" else before(row) + answer for answer in answers]
+
+
+def to_example(row):
+    """The prompt is what both conversations share."""
+    chosen, rejected = to_conversations(row)
+    shared = next(n for n, (a, b) in enumerate(zip(chosen, rejected)) if a != b)
+    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def load_rows():
+    table = read_table()
+    return table.map(to_example, remove_columns=table.column_names)
 '''
 
 TEXT_ROWS = """\
@@ -160,11 +213,11 @@ FREEZE = """\
 MAIN = """\
 def main():
 {gpu_check}    here = Path(__file__).parent
-    args = SFTConfig(**yaml.safe_load((here / "sft_config.yaml").read_text(encoding="utf-8")))
+    args = {config}(**yaml.safe_load((here / "{config_file}").read_text(encoding="utf-8")))
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER, revision=TOKENIZER_REVISION)
 {template}    train_rows, eval_rows = {rows}
-    trainer = SFTTrainer(
+    trainer = {trainer}(
         model=load_model(),
         args=args,
         train_dataset=train_rows,

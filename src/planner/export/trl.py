@@ -1,6 +1,6 @@
-"""TRL: a train.py with its SFTConfig, and what `accelerate launch` needs where several GPUs share the work.
+"""TRL: a train.py with its SFTConfig or DPOConfig, and what `accelerate launch` needs where several GPUs share the work.
 
-Checked against trl 1.16 (trl/trainer/sft_config.py and sft_trainer.py), transformers 5.23, peft 0.21.
+Checked against trl 1.16 (trl/trainer/{sft,dpo}_config.py and {sft,dpo}_trainer.py), transformers 5.23, peft 0.21.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from planner.errors import FinefitError, SetupError, UnknownNameError
 from planner.export import _trl_script as script
 from planner.export import accelerate, by_reason, deepspeed
+from planner.export._trl_trainers import TRAINERS
 from planner.layers import peft_call
 from planner.methods import PeftCall, find_method, peak_learning_rate
 from planner.optimizers import find_optimizer
@@ -20,7 +21,9 @@ from planner.resolve import resolve_model
 from planner.setup import TrainSetup
 from planner.specs import ModelSpec
 
-SUMMARY = "train.py and sft_config.yaml for TRL's SFTTrainer (with accelerate's file for several GPUs)"
+SUMMARY = (
+    "train.py and its config for TRL's SFTTrainer or DPOTrainer (with accelerate's file for several GPUs)"
+)
 
 ATTENTION = {"sdpa": "sdpa", "flash": "flash_attention_2", "eager": "eager"}
 """Our attention -> transformers' attn_implementation."""
@@ -36,23 +39,24 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
 }
 """Our quant -> BitsAndBytesConfig's arguments."""
 
-_CONFIG_HEADER = "# Made by finefit for train.py: the arguments of trl.SFTConfig\n"
-_OBJECTIVES = ("sft", "pretrain")
+_CONFIG_HEADER = "# Made by finefit for train.py: the arguments of trl."
 _FALLBACK_OPTIMIZER = "adamw_torch_fused"
 
 
 def export(setup: TrainSetup, gpu: str) -> dict[str, str]:
-    """train.py, sft_config.yaml and, for several processes, accelerate's files.
+    """train.py, its trainer's config and, for several processes, accelerate's files.
 
-    Raises SetupError for an objective other than sft and pretrain, without data, and for an inline config
-    (it has no weights and no tokenizer).
+    Raises SetupError for an objective that has no trainer here, without data, and for an inline config (it has no
+    weights and no tokenizer).
     """
     import yaml
 
     _check(setup)
+    trainer = TRAINERS[setup.objective]
+    header = f"{_CONFIG_HEADER}{trainer.config}\n"
     files = {
         "train.py": _train_script(setup),
-        "sft_config.yaml": _CONFIG_HEADER + yaml.safe_dump(sft_config(setup), sort_keys=False),
+        trainer.config_file: header + yaml.safe_dump(trainer_config(setup), sort_keys=False),
     }
     return files | (accelerate.export(setup, gpu) if needs_launcher(setup) else {})
 
@@ -63,9 +67,9 @@ def needs_launcher(setup: TrainSetup) -> bool:
 
 
 def _check(setup: TrainSetup) -> None:
-    if setup.objective not in _OBJECTIVES:
+    if setup.objective not in TRAINERS:
         raise SetupError(
-            "objective", f"{setup.objective} is not exported to TRL; {' and '.join(_OBJECTIVES)} are"
+            "objective", f"{setup.objective} is not exported to TRL; {' and '.join(TRAINERS)} are"
         )
     if not setup.data:
         raise SetupError("data", "the script needs a file, a folder or a hub data set to train on")
@@ -79,8 +83,8 @@ def _check(setup: TrainSetup) -> None:
         )
 
 
-def sft_config(setup: TrainSetup) -> dict[str, Any]:
-    """SFTConfig's arguments: all that the setup says, and nothing left to defaults that differ from it."""
+def trainer_config(setup: TrainSetup) -> dict[str, Any]:
+    """The config's arguments: all that the setup says, and nothing left to defaults that differ from it."""
     return {
         "output_dir": "trl-output",
         **_precision(setup),
@@ -88,7 +92,7 @@ def sft_config(setup: TrainSetup) -> dict[str, Any]:
         **_schedule(setup),
         "optim": find_optimizer(setup.optimizer).hf_name or _FALLBACK_OPTIMIZER,
         **_checkpointing(setup),
-        "completion_only_loss": setup.objective == "sft",
+        **TRAINERS[setup.objective].arguments(setup),
         "use_liger_kernel": setup.kernels == "liger",
         "torch_compile": setup.compile,
         "seed": setup.seed,
@@ -113,8 +117,6 @@ def _batches(setup: TrainSetup) -> dict[str, Any]:
         "per_device_eval_batch_size": setup.eval_batch_size or setup.micro_batch_size,
         "gradient_accumulation_steps": setup.grad_accum_steps,
         "max_length": setup.seq_len,
-        "packing": setup.packing,
-        "packing_strategy": "bfd",
     }
 
 
@@ -143,13 +145,18 @@ def _checkpointing(setup: TrainSetup) -> dict[str, Any]:
 
 def _train_script(setup: TrainSetup) -> str:
     call = peft_call(setup, lambda: _open_model(setup))
-    is_chat = setup.objective == "sft"
+    trainer = TRAINERS[setup.objective]
     parts = [
-        script.HEAD.format(start=_start(setup), imports=_imports(setup, call)),
+        script.HEAD.format(
+            what=trainer.what,
+            config_file=trainer.config_file,
+            start=_start(setup),
+            imports=_imports(setup, call),
+        ),
         _constants(setup, call),
         script.READ_TABLE,
-        script.SFT_ROWS if is_chat else script.TEXT_ROWS,
-        script.TEMPLATE if is_chat else "",
+        trainer.rows,
+        script.TEMPLATE if trainer.is_chat else "",
         script.SPLIT if setup.eval_fraction else "",
         script.LOAD_MODEL.format(body=_load_model_body(setup, call)),
         _main(setup),
@@ -169,6 +176,7 @@ def _start(setup: TrainSetup) -> str:
 
 
 def _imports(setup: TrainSetup, call: PeftCall | None) -> str:
+    trainer = TRAINERS[setup.objective]
     needs_sys = setup.objective == "sft" or setup.sharding == "device_map"
     needs_torch = _casts_adapters(setup) or setup.sharding == "device_map"
     names = ["AutoModelForCausalLM", "AutoTokenizer", "set_seed"]
@@ -184,7 +192,7 @@ def _imports(setup: TrainSetup, call: PeftCall | None) -> str:
         "from datasets import load_dataset",
         f"from peft import {', '.join(sorted(peft_names))}" if peft_names else "",
         f"from transformers import {', '.join(sorted(names))}",
-        "from trl import SFTConfig, SFTTrainer",
+        f"from trl import {trainer.config}, {trainer.trainer}",
     ]
     return "\n".join(line for line in lines if line)
 
@@ -204,7 +212,7 @@ def _constants(setup: TrainSetup, call: PeftCall | None) -> str:
     values |= {"EVAL_FRACTION": setup.eval_fraction} if setup.eval_fraction else {}
     values |= {"QUANTISATION": quantisation(setup)} if setup.quant else {}
     values |= {"ADAPTER": call[1]} if call else {}
-    values |= {"PLAIN_TEMPLATE": script.PLAIN_TEMPLATE} if setup.objective == "sft" else {}
+    values |= {"PLAIN_TEMPLATE": script.PLAIN_TEMPLATE} if TRAINERS[setup.objective].is_chat else {}
     values |= {"NUM_GPUS": setup.num_gpus} if setup.sharding == "device_map" else {}
     notes = [f"#   {', '.join(names)}: {why}" for why, names in by_reason(left_out(setup)).items()]
     notes = ["# What this script does otherwise than planned:", *notes] if notes else []
@@ -270,9 +278,13 @@ def _load_model_body(setup: TrainSetup, call: PeftCall | None) -> str:
 
 
 def _main(setup: TrainSetup) -> str:
+    trainer = TRAINERS[setup.objective]
     return script.MAIN.format(
+        config=trainer.config,
+        config_file=trainer.config_file,
+        trainer=trainer.trainer,
         gpu_check=script.GPU_CHECK if setup.sharding == "device_map" else "",
-        template="    give_template(tokenizer)\n" if setup.objective == "sft" else "",
+        template="    give_template(tokenizer)\n" if trainer.is_chat else "",
         rows="split(load_rows())" if setup.eval_fraction else "load_rows(), None",
     )
 
@@ -330,6 +342,7 @@ _OTHERWISE: dict[str, tuple[Callable[[TrainSetup], bool], str]] = {
         lambda s: _needs_remote_code(s),
         "it brings code of its own; from_pretrained refuses it unless you add trust_remote_code=True",
     ),
+    "dpo_beta": (lambda s: s.objective != "dpo", "only DPO has one"),
     "stack": (lambda s: s.stack is not None, "the script runs with the installed versions"),
 }
 

@@ -192,6 +192,21 @@ _UNSPLIT = Refusal(
 )
 
 
+RATE_SHARES = {"dpo": 1 / 40}
+"""Of a method's default learning rate, by objective; 1 for those that aren't here."""
+RATE_SHARE_SOURCES = {
+    "dpo": "1/40 of it for DPO, as in Zephyr's recipes (alignment-handbook): 2e-5 to 5e-7 full, 2e-4 to 5e-6 QLoRA"
+}
+
+
 def peak_learning_rate(setup: TrainSetup) -> float:
-    """The setup's learning rate, else its method's default."""
-    return setup.learning_rate if setup.learning_rate is not None else find_method(setup.method).learning_rate
+    """The setup's learning rate, else its method's default, or the share of it that its objective takes."""
+    if setup.learning_rate is not None:
+        return setup.learning_rate
+    return find_method(setup.method).learning_rate * RATE_SHARES.get(setup.objective, 1)
+
+
+def learning_rate_source(setup: TrainSetup) -> str:
+    """Where the default learning rate comes from."""
+    sources = (find_method(setup.method).learning_rate_source, RATE_SHARE_SOURCES.get(setup.objective))
+    return "; ".join(source for source in sources if source)
