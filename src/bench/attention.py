@@ -1,7 +1,7 @@
 """Attention of each document by itself, and a causal attention whose backward is fast on CPUs.
 
-`register` gives transformers an attention named `NAME`: torch's own (sdpa) where a padding mask says what to leave
-out; else each document attends to itself alone, and a batch without documents is causal in each row.
+transformers is given it under two names: one for rows that are joined, whose documents need no mask, and one for rows as
+they are, with torch's own (sdpa) where a mask says what to leave out.
 H: query heads, K: key heads, D: width of a head, L: length, N: tokens of the batch.
 """
 
@@ -20,8 +20,8 @@ from bench.documents import Documents, locate
 from planner.errors import SetupError
 from planner.setup import TrainSetup
 
-NAME = "finefit_documents"
-"""The attention's name in transformers' registry."""
+DOCUMENTS, ROWS = "finefit_documents", "finefit_rows"
+"""The attention's names in transformers' registry."""
 
 _QUERY_BLOCK = 128
 """Queries of the backward at a time: keys behind a block are left out."""
@@ -30,10 +30,19 @@ _SCORES_AT_ONCE = 2**18
 
 
 def register(config: Any, setup: TrainSetup) -> str:
-    """Make the attention known to transformers; its name.
+    """Make the attention known to transformers; its name for the setup.
 
-    Raises SetupError for a model whose layers don't see all tokens before each of a row of `seq_len`.
+    Raises SetupError where rows shall be joined and a layer doesn't see all tokens before each of a row of `seq_len`.
     """
+    name, mask = (DOCUMENTS, _padding_mask) if setup.joins_rows else (ROWS, sdpa_mask)
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, mask)
+    if setup.joins_rows:
+        _check_layers(config, setup)
+    return name
+
+
+def _check_layers(config: Any, setup: TrainSetup) -> None:
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     if config.is_encoder_decoder or kinds - {"full_attention", "sliding_attention"}:
@@ -42,9 +51,6 @@ def register(config: Any, setup: TrainSetup) -> str:
     window = getattr(text, "sliding_window", None)
     if window and window < setup.seq_len:
         raise SetupError("padding_free", f"{setup.model_label}: its window of {window} is less than seq_len")
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, _padding_mask)
-    return NAME
 
 
 def check_isolation(model: torch.nn.Module) -> None:
@@ -90,7 +96,7 @@ def attend(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `query` [B, H, L, D], `key` and `value` [B, K, L, D] -> [B, L, H, D]."""
-    if attention_mask is not None:
+    if attention_mask is not None or not getattr(module, "is_causal", True):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )

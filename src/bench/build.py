@@ -112,6 +112,11 @@ def build_model(
         _upcast_unquantised(model)
     model = add_adapters(setup, model, meta=meta)
     switch_checkpointing(setup, model)
+    if setup.kernels == "fused" and not meta:
+        # that module needs this one
+        from bench.fused import fuse
+
+        fuse(model)
     if setup.compile and not meta:
         compile_layers(model)
     return model.train()
@@ -127,7 +132,7 @@ def _base_model(
     is_untied: bool,
 ) -> nn.Module:
     auto_class = getattr(transformers, AUTO_CLASSES[setup.objective])
-    attention = _attention_name(setup, config)
+    attention = _attention_name(setup, config, meta)
     if meta and attention == ATTENTION["flash"]:
         attention = _without_flash(auto_class, config)
     options: dict[str, Any] = {
@@ -157,9 +162,9 @@ def _base_model(
     return model
 
 
-def _attention_name(setup: TrainSetup, config: Any) -> str:
-    """transformers' name of the setup's attention; finefit's own where documents are joined in one row."""
-    if setup.attention != "sdpa" or not setup.joins_rows:
+def _attention_name(setup: TrainSetup, config: Any, meta: bool) -> str:
+    """transformers' name of the setup's attention; finefit's own where rows are joined, or kernels are."""
+    if setup.attention != "sdpa" or not (setup.joins_rows or (setup.kernels == "fused" and not meta)):
         return ATTENTION[setup.attention]
     from bench.attention import register
 
@@ -378,8 +383,10 @@ def check_runnable(setup: TrainSetup, device: str | torch.device) -> None:
     on_cuda = device.type == "cuda"
     if setup.objective not in RUNNABLE:
         raise NotModelledError(f"objective: {setup.objective} can't be run yet; {' and '.join(RUNNABLE)} can")
-    if setup.kernels != "plain":
-        raise NotModelledError(f"kernels: {setup.kernels} can't be run yet; use plain")
+    if setup.kernels == "liger":
+        raise NotModelledError("kernels: liger can't be run yet; use fused or plain")
+    if setup.kernels == "fused" and (setup.compile or setup.autocast):
+        raise SetupError("kernels", "fused runs without compile and without autocast; use plain")
     if setup.padding_free and setup.compile:
         raise SetupError("padding_free", "compiled layers need rows of one length, and joined ones differ")
     if setup.attention == "flash" and not on_cuda:

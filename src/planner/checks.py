@@ -48,8 +48,8 @@ _LAWS = (
     ),
     _Law(
         "kernels",
-        lambda s, g: s.kernels != "plain" and g.backend == "cpu",
-        "Triton kernels need a GPU; use plain",
+        lambda s, g: s.kernels == "liger" and g.backend == "cpu",
+        "Liger's kernels need a GPU; use fused or plain",
     ),
     _Law(
         "loss",
