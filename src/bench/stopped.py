@@ -35,7 +35,7 @@ def describe_batch(step: TrainStep, data: RunData, number: int, tokenizer: Any) 
     """The rows of optimizer step `number` (from 0): what they say, and each one's loss by itself.
 
     `row` counts the data's rows from 1 and `place` is its file and line. The loss is the mean of the row's trained
-    tokens under the weights as they are now, without dropout; several ranks must all ask.
+    tokens, or the pair's, under the weights as they are now, without dropout; several ranks must all ask.
     """
     micro_batches = data.batches.step_rows(data.train, number)
     examples = [(at, example) for at, rows in enumerate(micro_batches) for row in rows for example in row]
@@ -50,9 +50,17 @@ def describe_batch(step: TrainStep, data: RunData, number: int, tokenizer: Any) 
             "num_trained_tokens": example.num_trained_tokens,
             "token_ids": example.input_ids.tolist(),
             "text": tokenizer.decode(example.input_ids.tolist()),
+            **_rejected(example, tokenizer),
         }
         for (at, example), loss in zip(examples, losses, strict=True)
     ]
+
+
+def _rejected(example: Example, tokenizer: Any) -> dict[str, str]:
+    """A pair's other answer."""
+    if example.rejected is None:
+        return {}
+    return {"rejected_text": tokenizer.decode(example.rejected.input_ids.tolist())}
 
 
 def write_stopped_batch(path: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -76,7 +84,7 @@ def _losses(step: TrainStep, data: RunData, examples: Sequence[Example]) -> Iter
             for example in examples:
                 batch = micro_batch(setup, [[example]], pad_id=data.pad_id)
                 on_device = {name: tensor.to(step.device) for name, tensor in batch.items()}
-                yield float(step.forward(on_device, example.num_trained_tokens))
+                yield float(step.forward(on_device, step.objective.num_items([[example]])))
     finally:
         step.model.train(was_training)
 
