@@ -4,7 +4,7 @@
 
 Each architecture meets every precision recipe once; the values of every other field are dealt out over these rows
 like a shuffled pack of cards, by a generator seeded with architecture and field, so each value occurs with each
-architecture. A row is traced in about a second; rows that the file has already, with the same setup, are
+architecture. The rarer methods have rows of their own on some of them. A row is traced in about a second; rows that the file has already, with the same setup, are
 kept, so that a run that was stopped goes on where it was. Rows are written in the grid's order.
 `reports/closed-form-vs-trace.md` is made from the file by `benchmarks/closed_form_report.py`.
 """
@@ -54,6 +54,12 @@ RECIPES: tuple[dict[str, Any], ...] = (
     {**QLORA, "quant": "int8", "autocast": "bfloat16"},
 )
 """Method, quantisation, precision and step in the backward: what belongs together."""
+
+METHODS = ("rslora", "dora", "lora-fa", "ia3", "bitfit", "prompt", "prefix")
+"""Those that have rows of their own beside RECIPES, on METHOD_ARCHITECTURES."""
+METHOD_RECIPES: tuple[dict[str, Any], ...] = ({}, MIXED)
+METHOD_ARCHITECTURES = ("llama", "llama-tied-biased", "qwen2", "gemma-mqa", "phi", "gpt2", "mixtral")
+NUM_VIRTUAL_TOKENS = (20, 100)
 
 SHAPES = (
     (1, 512),
@@ -111,6 +117,48 @@ def cases() -> Iterator[Case]:
         for number, recipe in enumerate(RECIPES):
             values = {field: column[number] for field, column in dealt.items()}
             yield Case(id=f"{name}/{number:02}", setup=_setup(architecture, recipe, values))
+    for name in METHOD_ARCHITECTURES:
+        for method in METHODS:
+            yield from _method_cases(name, method)
+
+
+def _method_cases(name: str, method: str) -> Iterator[Case]:
+    """A method's rows on one architecture, unless it can't adapt it at all."""
+    from planner.errors import SetupError
+    from planner.estimate import resolve
+    from planner.inventory import take_inventory
+    from planner.setup import TrainSetup
+
+    architecture = ARCHITECTURES[name]
+    for number, recipe in enumerate(METHOD_RECIPES):
+        draw = random.Random(f"{name}/{method}/{number}")
+        values = {field: draw.choice(architecture.only.get(field, given)) for field, given in FIELDS.items()}
+        values |= {"num_virtual_tokens": draw.choice(NUM_VIRTUAL_TOKENS)}
+        values = _allowed(architecture, method, values)
+        setup = _setup(architecture, {"method": method, **recipe}, values)
+        try:
+            take_inventory(TrainSetup.from_dict(setup), resolve(TrainSetup.from_dict(setup)))
+        except SetupError:
+            return
+        yield Case(id=f"{name}/{method}-{number}", setup=setup)
+
+
+def _allowed(architecture: Architecture, method: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values with those that the method refuses replaced by what it takes."""
+    from planner.methods import can_run, find_method
+
+    values = dict(values)
+    own = find_method(method)
+    if not own.has_rank:
+        values |= {"targets": "all-linear", "dropout": 0.0}
+    elif architecture.folds_experts and not own.folds:
+        values["targets"] = "attention"
+    if not (own.lengthens or own.prefixes):
+        del values["num_virtual_tokens"]
+    for field, taken in (("packing", False), ("checkpointing", "none"), ("attention", "sdpa")):
+        if not can_run(method, **{"checkpointing": "none", field: values[field]}):
+            values[field] = taken
+    return values
 
 
 def _deal(name: str, field: str, architecture: Architecture) -> list[Any]:

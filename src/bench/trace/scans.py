@@ -18,6 +18,7 @@ from torch import nn
 import bench.attention
 from bench.build import inner_model
 from bench.trace.attention import flash_attention
+from bench.trace.caches import shaped_caches
 from bench.trace.kernels import fused_kernels
 from bench.trace.mamba import (
     FULL,
@@ -46,6 +47,7 @@ def device_kernels(setup: TrainSetup, model: nn.Module, on_gpu: bool) -> Iterato
         stack.enter_context(fused_kernels(setup, model))
         stack.enter_context(stack_attention(setup, family))
         stack.enter_context(flash_attention(setup, model))
+        stack.enter_context(shaped_caches())
         if on_gpu:
             stack.enter_context(scan_kernels(model))
             # fake tensors say that they are the CPU's

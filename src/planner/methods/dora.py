@@ -43,7 +43,7 @@ def adapt(
     if drops:
         direct = _product(linears, source, weight, matrix, share)
     else:
-        direct = tape.run([out], out.size, out.width, shares_grad=True) if matrix.bias else out
+        direct = _without_bias(linears, out, num_outputs) if matrix.bias else out
     wide = per_token(recipe.adapter * num_outputs)
     first, second = (linears.weighted(out, factor, num_outputs) for out in (direct, high))
     scaled = tape.run([second], wide, recipe.adapter)
@@ -85,6 +85,12 @@ def _norm(
     scaled = made(num_in * num_out, width, wide)
     made(num_in * num_out, width, scaled)
     return copy, (wide, *([copy] if copy else [])), (given, low, high)
+
+
+def _without_bias(linears: Linears, out: Tensor, num_outputs: float) -> Tensor:
+    """In the wider dtype of both."""
+    width = max(out.width, linears.recipe.weight)
+    return linears.tape.run([out], per_token(width * num_outputs), width, shares_grad=True)
 
 
 def _product(linears: Linears, x: Tensor, weight: Tensor | None, matrix: Matrix, share: float) -> Tensor:
