@@ -9,6 +9,7 @@ _HARMLESS_WARNINGS = (
     "Paged optimizers are not supported on CPU",
     "`is_gradient_checkpointing` is deprecated",
     "`torch.jit.script",
+    r"`torch\.distributed\.\w+` is deprecated",
 )
 _HARMLESS_LOGS = {
     "DeepSpeed": "Setting accelerator to CPU",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
-from planner.errors import NotModelledError, SetupError
+from planner.errors import MissingExtraError, NotModelledError, SetupError
+from planner.export.deepspeed import ADAMW
 from planner.setup import PAIRED, TrainSetup
 
-SHARDINGS = ("ddp", "fsdp")
+ZERO_STAGES = ("zero1", "zero2", "zero3")
+SHARDINGS = ("ddp", "fsdp", *ZERO_STAGES)
 _SHARED_OPTIMIZERS = ("adamw", "adamw-fused", "sgd")
 """Each element of theirs is stepped by itself, so that a share steps as it would in the whole."""
 
@@ -28,7 +31,7 @@ _LAWS = (
     _Law(
         "sharding",
         lambda s: s.sharding == "device_map",
-        "layers divided over cards that work in turn are not trained; ddp and fsdp keep all cards at work",
+        "layers divided over cards that work in turn are not trained; use ddp, or fsdp where that is too large",
     ),
     _Law("sharding", lambda s: s.sharding not in SHARDINGS, f"ranks train with {' or '.join(SHARDINGS)}"),
     _Law("offload", lambda s: s.offload != "none", "ranks keep everything on their devices"),
@@ -41,6 +44,11 @@ _LAWS = (
         "weights_dtype",
         lambda s: "float16" in (s.autocast, s.weights_dtype),
         "float16's loss scaling is not shared by ranks; use bfloat16",
+    ),
+    _Law(
+        "optimizer",
+        lambda s: s.sharding in ZERO_STAGES and s.optimizer not in ADAMW,
+        f"under DeepSpeed only {' and '.join(ADAMW)} are run",
     ),
     _Law(
         "optimizer",
@@ -69,6 +77,8 @@ def check_ranks(setup: TrainSetup, device: str, *, is_rank: bool) -> None:
             raise NotModelledError(
                 f"{field}: {reason}; `finefit export` writes the plan for trainers that can do more"
             )
+    if setup.sharding in ZERO_STAGES and find_spec("deepspeed") is None:
+        raise MissingExtraError("train", "export", "deepspeed")
     per_node = setup.num_gpus // setup.num_nodes
     if setup.num_nodes > 1 and not is_rank:
         raise NotModelledError(

@@ -32,6 +32,7 @@ from bench.loss import Batch, Loss, Phase
 from bench.objectives import OBJECTIVES
 from bench.optim import build_optimizer
 from bench.step import StepResult, TrainStep
+from bench.zero import ZeroOptimizer, whole_gradient
 from planner.errors import MissingExtraError, NotModelledError
 from planner.export import deepspeed as deepspeed_config
 from planner.setup import TrainSetup
@@ -85,6 +86,11 @@ class _RankStep(TrainStep):
         if norm is not None and hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
         return replace(result, loss=result.loss / size, grad_norm=norm)
+
+    def gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """See TrainStep."""
+        gradient = parameter.grad
+        return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
     def exchange(self, is_last: bool) -> AbstractContextManager[Any]:
         """Around each micro-batch: gradients of all but the last stay this rank's, and whole."""
@@ -195,8 +201,14 @@ class _EngineStep(_RankStep):
             self.model.backward(loss, scale_wrt_gas=False)
         return loss.detach()
 
+    def gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """See TrainStep."""
+        return whole_gradient(parameter)
+
     def update(self, loss: torch.Tensor) -> torch.Tensor | None:
         """Clip, step, free the gradients; the gradients' norm before clipping, None without clipping."""
+        if self.on_gradients is not None:
+            self.on_gradients(self.model)
         self.model.step()
         norm = self.model.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
@@ -209,14 +221,14 @@ def _zero_step(setup: TrainSetup, module: LossModule, options: Mapping[str, Any]
     try:
         deepspeed = importlib.import_module("deepspeed")
     except ImportError as error:
-        raise MissingExtraError(f"sharding {setup.sharding}", "deepspeed", "deepspeed") from error
+        raise MissingExtraError("train", "export", "deepspeed") from error
     trained = list(trained_parameters(module).values())
     config = deepspeed_config.config(setup)
     engine, optimizer, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=config)
     stage = deepspeed_config.STAGES[setup.sharding]
     assert engine.zero_optimization_stage() == stage, f"stage {engine.zero_optimization_stage()}"
     assert engine.world_size == setup.num_gpus, f"{engine.world_size} processes for {setup.num_gpus}"
-    step = _EngineStep(setup, engine, optimizer, **options)
+    step = _EngineStep(setup, engine, ZeroOptimizer(optimizer), **options)
     step.loss = wrapped_loss
     return step
 

@@ -310,7 +310,7 @@ class Run:
         may_be_zero = (*method.zero_at_first, ".experts.")
         for name, parameter in trained_parameters(model).items():
             is_free = any(part in name for part in may_be_zero)
-            gradient = None if parameter.grad is None else self.world.whole(parameter.grad)
+            gradient = self.train_step.gradient(parameter)
             is_dead = gradient is None or not (is_free or bool(gradient.any()))
             if is_dead:
                 raise FinefitError(f"the adapter tensor {name} gets no gradient: it would stay untrained")

@@ -122,6 +122,10 @@ class TrainStep:
         with autocast(self.setup, self.device):
             return self.loss(self.model, batch, num_items, self.phase)
 
+    def gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """A parameter's whole gradient, before the update; every rank must ask."""
+        return parameter.grad
+
     def update(self, loss: torch.Tensor) -> torch.Tensor | None:
         """Clip, step, free the gradients; the gradients' norm before clipping, None without clipping."""
         if self.scaler is not None:

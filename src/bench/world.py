@@ -17,6 +17,7 @@ from torch import nn
 from bench.build import one_line
 from bench.launch import LostPeerError
 from bench.optim import build_optimizer
+from bench.rank_laws import ZERO_STAGES
 from bench.signals import StopFlag
 from bench.step import TrainStep
 from planner.errors import UsageError
@@ -225,6 +226,20 @@ class Ranks(World):
         return full.detach().cpu()
 
 
+class ZeroRanks(Ranks):
+    """A rank under DeepSpeed, whose share of weights and optimizer is the optimizer's state."""
+
+    def own(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See World: the model's follow from the optimizer's."""
+        return {}
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See World."""
+        from bench.zero import whole_weight
+
+        return whole_weight(tensor)
+
+
 def _mapped(tree: Any, change: Any) -> Any:
     if isinstance(tree, Mapping):
         return {key: change(item) for key, item in tree.items()}
@@ -236,6 +251,7 @@ def _mapped(tree: Any, change: Any) -> Any:
 def own_device(device: str) -> torch.device:
     """This rank's device of a kind; `cuda` is the one with its number, and processors are shared out."""
     if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // ranks_here)))
     if device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -249,7 +265,8 @@ def own_device(device: str) -> torch.device:
 def joined(setup: TrainSetup) -> Iterator[World]:
     """The world of this process: alone, or the rank that the environment says, among its peers.
 
-    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are those of torchrun. Raises UsageError where there are more or fewer
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are those of torchrun; a process group that is there already is used
+    and left. Raises UsageError where there are more or fewer
     processes than the setup has GPUs, LostPeerError where the others don't come or one is gone.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -264,10 +281,13 @@ def joined(setup: TrainSetup) -> Iterator[World]:
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    is_owner = not dist.is_initialized()
     with _lost_peers():
-        dist.init_process_group(backend, timeout=TIMEOUT)
-        yield Ranks(setup)
-        dist.destroy_process_group()
+        if is_owner:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        yield ZeroRanks(setup) if setup.sharding in ZERO_STAGES else Ranks(setup)
+        if is_owner:
+            dist.destroy_process_group()
 
 
 _TRANSPORTS = ("gloo/transport", "NCCL", "Connection closed by peer", "Connection reset by peer", "TCPStore")
