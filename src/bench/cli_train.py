@@ -88,6 +88,9 @@ def train_command(
 ) -> None:
     """Fine-tune as the plan says. The same command again resumes a run that was stopped.
 
+    With num_gpus above 1 it starts one process per GPU (sharding ddp, fsdp, zero1, zero2 or zero3), or is started by
+    torchrun: torchrun --nproc-per-node 4 --no-python finefit train plan.yaml
+
     Exit code 33: interrupted after a checkpoint; 143: stopped before one could be written.
     """
     require_train_extra("train")

@@ -121,6 +121,8 @@ class Position:
             )
             return self.state.step
         load_weights(self.world.own(self.drawn()), best.weights)
+        if self.world.draws_on_optimizer:
+            self.train_step.optimizer.load_state_dict(_mutable(best.state["optimizer"]))
         return best_step
 
     def whole_weights(self) -> dict[str, torch.Tensor]:

@@ -36,6 +36,8 @@ class World:
     """One process alone, the first rank of one."""
 
     rank, size = 0, 1
+    draws_on_optimizer = False
+    """Whether weights are saved and restored with the optimizer's state only."""
 
     @property
     def is_first(self) -> bool:
@@ -228,6 +230,8 @@ class Ranks(World):
 
 class ZeroRanks(Ranks):
     """A rank under DeepSpeed, whose share of weights and optimizer is the optimizer's state."""
+
+    draws_on_optimizer = True
 
     def own(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See World: the model's follow from the optimizer's."""

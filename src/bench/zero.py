@@ -16,48 +16,48 @@ import torch
 class ZeroOptimizer:
     """The optimizer of a ZeRO engine as a run sees it: `state_dict` is this rank's share, in plain tensors."""
 
-    def __init__(self, wrapper: Any) -> None:
-        self.wrapper = wrapper
-        self._is_stage3 = hasattr(wrapper, "fp32_partitioned_groups_flat")
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self._is_stage3 = hasattr(inner, "fp32_partitioned_groups_flat")
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups with their rates."""
-        groups: list[dict[str, Any]] = self.wrapper.param_groups
+        groups: list[dict[str, Any]] = self.inner.param_groups
         return groups
 
     @property
     def masters(self) -> list[torch.Tensor]:
         """This rank's flat shares of the weights that the optimizer steps."""
         name = "fp32_partitioned_groups_flat" if self._is_stage3 else "single_partition_of_fp32_groups"
-        masters: list[torch.Tensor] = getattr(self.wrapper, name)
+        masters: list[torch.Tensor] = getattr(self.inner, name)
         return masters
 
     def step(self) -> None:
         """The engine's."""
-        self.wrapper.step()
+        self.inner.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Free the gradients."""
-        self.wrapper.zero_grad(set_to_none=set_to_none)
+        self.inner.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Masters, and the inner optimizer's state of each."""
-        inner = self.wrapper.optimizer.state
+        states = self.inner.optimizer.state
         return {
             "masters": [master.detach() for master in self.masters],
-            "states": [dict(inner.get(master, {})) for master in self.masters],
+            "states": [dict(states.get(master, {})) for master in self.masters],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take them over, and the model's weights from them; every rank must do so. ValueError: of other sizes."""
-        inner = self.wrapper.optimizer.state
+        states = self.inner.optimizer.state
         saved = state_dict["masters"], state_dict["states"]
         for master, values, state in zip(self.masters, *saved, strict=True):
             if master.shape != values.shape:
                 raise ValueError(f"a share has {values.numel()} elements, not {master.numel()}")
             master.data.copy_(values)
-            inner[master] = {
+            states[master] = {
                 name: item.to(master.device if item.ndim else item.device)
                 if isinstance(item, torch.Tensor)
                 else item
@@ -69,12 +69,12 @@ class ZeroOptimizer:
     def _spread_masters(self) -> None:
         """What an update does after its step."""
         if not self._is_stage3:
-            self.wrapper.update_lp_params()
+            self.inner.update_lp_params()
             return
-        self.wrapper._partition_all_parameters()
+        self.inner._partition_all_parameters()
         for group in range(len(self.masters)):
-            self.wrapper._reassign_or_swap_out_partitioned_parameters(group)
-        self.wrapper._post_step(set())
+            self.inner._reassign_or_swap_out_partitioned_parameters(group)
+        self.inner._post_step(set())
 
 
 def whole_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
