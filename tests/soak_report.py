@@ -92,43 +92,58 @@ def report_text(found: dict[str, Any]) -> str:
         totals.update(column)
     for phase, _ in totals.most_common():
         lines.append(f"| {phase} | " + " | ".join(str(c.get(phase, "")) for c in columns) + " |")
-    obeyed = found["obeyed_s"]
-    lines += [
-        "",
-        f"{found['too_late']} more signals came when the run was over. "
-        "Exit codes of the stops: 33 where a checkpoint was there or could be written, 143 before anything was trained. "
-        + ", ".join(f"{name}, {number} times" for name, number in found["exit_codes"].items())
-        + (
-            f". From the signal to the end: median {obeyed['median']} s, at most {obeyed['worst']} s."
-            if obeyed
-            else "."
-        ),
-        "",
-        "Lives by recipe: "
-        + ", ".join(f"{name} {number}" for name, number in found["recipes"].items())
-        + ".",
-        "",
-    ]
-    if found["fresh"]:
-        lines += [
-            "Fresh `finefit train` processes, each resumed by the same command and compared in the same way:",
-            "",
-        ]
-        lines += [f"* {name}: {number}" for name, number in found["fresh"].items()]
-        lines.append("")
-    if found["broken_input"]:
-        lines += [
-            f"{found['asked']['plans']} broken plans through `train`, `estimate` and `export`, and {found['asked']['files']} broken training files",
-            "through `train` up to where it builds the model (`tests/broken_input.py` makes them). Each gave an answer or one line of",
-            "error, and an output folder that is whole or absent. How they ended (exit code):",
-            "",
-            ", ".join(f"{name} {number}" for name, number in found["broken_input"].items()) + ".",
-            "",
-        ]
+    lines += ["", *stop_lines(found), *fresh_lines(found), *broken_lines(found)]
     lines += [f"* FAILURE {line}" for line in failures]
     environment = ", ".join(f"{name} {value}" for name, value in found["environment"].items())
     lines += [f"{found['seconds']:.0f} s; {environment}.", ""]
     return "\n".join(lines)
+
+
+def stop_lines(found: dict[str, Any]) -> list[str]:
+    lines = ["Hits by recipe: " + counted(found["recipes"]) + ".", ""]
+    if found["exit_codes"]:
+        obeyed = found["obeyed_s"]
+        lines += [
+            "Stops end with exit code 33 where a checkpoint was there or could be written, with 143 before anything was trained:",
+            f"{counted(found['exit_codes'])}. From the signal to the end: median {obeyed['median']} s, at most {obeyed['worst']} s",
+            f"({found['too_late']} more signals came when the run was over).",
+            "",
+        ]
+    return lines
+
+
+def fresh_lines(found: dict[str, Any]) -> list[str]:
+    if not found["fresh"]:
+        return []
+    heading = (
+        "Fresh `finefit train` processes, each resumed by the same command and compared in the same way:"
+    )
+    return [heading, "", *(f"* {name}: {number}" for name, number in found["fresh"].items()), ""]
+
+
+def broken_lines(found: dict[str, Any]) -> list[str]:
+    """How commands ended on broken input: `command: exit code`, counted."""
+    if not found["broken_input"]:
+        return []
+    asked = found["asked"]
+    num_wrong = sum(line.startswith(("plan ", "file ")) for line in found["failures"])
+    lines = [
+        f"{asked['plans']:,} broken plans went through `train`, `estimate` and `export`, and {asked['files']:,} broken training files through",
+        "`train` up to where it builds the model (`tests/broken_input.py` makes them). Each must give an answer or one line of error,",
+        f"with an exit code of the contract, and leave an output folder whole or absent: {num_wrong or 'none'} did otherwise.",
+        "",
+        "| ended with | plans and files |",
+        "|---|---|",
+    ]
+    for name, number in found["broken_input"].items():
+        command, _, code = name.partition(": ")
+        shown = f"`{command}`, exit code {code}" if code else "`train`, at the model"
+        lines.append(f"| {shown} | {number} |")
+    return [*lines, ""]
+
+
+def counted(counts: dict[str, int]) -> str:
+    return "; ".join(f"{name}, {number} times" for name, number in counts.items())
 
 
 if __name__ == "__main__":

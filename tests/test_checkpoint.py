@@ -158,6 +158,30 @@ def test_a_torn_checkpoint_is_skipped_and_named(tmp_path: Path, name: str, damag
     assert "step-000002 is torn" in notes[0]
 
 
+def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
+    """Whatever the byte, in whatever file: the content is as it was saved, or the checkpoint before is used."""
+    save(tmp_path, 1, 2)
+    files = sorted((tmp_path / "step-000002").iterdir())
+    draw = random.Random(11)
+    used = set()
+    for _ in range(100):
+        path = draw.choice(files)
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        checkpoint, notes = newest_checkpoint(tmp_path)
+        assert checkpoint is not None
+        assert bool(notes) == (checkpoint.step == 1)
+        assert_same(checkpoint.state, state_of(checkpoint.step))
+        used.add((path.name, checkpoint.step))
+        path.write_bytes(whole)
+    assert {(path.name, 1) for path in files} <= used
+    assert {name for name, step in used if step == 2} <= {MANIFEST}, (
+        "only blanks of the manifest don't matter"
+    )
+
+
 def test_none_is_whole(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") == (None, [])
     save(tmp_path, 1)
