@@ -419,6 +419,8 @@ def _how_far(folder: Path) -> str:
     metrics = folder / "metrics.jsonl"
     if not folder.exists() or not metrics.exists():
         return "while it starts or loads"
+    if (folder / "summary.json").exists():
+        return AFTER
     if any(folder.glob("checkpoints/.*")):
         return "while it saves"
     return "while it writes the result" if any(folder.glob("*adapter")) else "while it trains or evaluates"
