@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+BROKEN = ("plan ", "file ")
+"""How the failures of broken input begin."""
 VERSIONS = ("torch", "transformers", "peft", "safetensors")
 
 
@@ -126,7 +128,7 @@ def broken_lines(found: dict[str, Any]) -> list[str]:
     if not found["broken_input"]:
         return []
     asked = found["asked"]
-    num_wrong = sum(line.startswith(("plan ", "file ")) for line in found["failures"])
+    num_wrong = sum(line.startswith(BROKEN) for line in found["failures"])
     lines = [
         f"{asked['plans']:,} broken plans went through `train`, `estimate` and `export`, and {asked['files']:,} broken training files through",
         "`train` up to where it builds the model (`tests/broken_input.py` makes them). Each must give an answer or one line of error,",
@@ -142,9 +144,21 @@ def broken_lines(found: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a soak, with its broken input from a later one that looked at nothing else."""
+    first, *later = parts
+    for part in later:
+        kept = [line for line in first["failures"] if not line.startswith(BROKEN)]
+        first["failures"] = kept + part["failures"]
+        first["broken_input"] = part["broken_input"]
+        first["command"] += f"`, the broken input by `{part['command']}"
+        first["seconds"] += part["seconds"]
+    return first
+
+
 def counted(counts: dict[str, int]) -> str:
     return "; ".join(f"{name}, {number} times" for name, number in counts.items())
 
 
 if __name__ == "__main__":
-    print(report_text(json.loads(Path(sys.argv[1]).read_text())))
+    print(report_text(joined([json.loads(Path(name).read_text()) for name in sys.argv[1:]])), end="")

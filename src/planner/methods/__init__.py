@@ -147,17 +147,20 @@ class Method:
 @cache
 def methods() -> dict[str, Method]:
     """All methods by name, in alphabetical order of their files."""
-    names = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
-    found = [importlib.import_module(f"planner.methods.{name}").METHOD for name in names]
+    found = [importlib.import_module(f"planner.methods.{name}").METHOD for name in _files()]
     return {method.name: method for method in found}
+
+
+@cache
+def _files() -> tuple[str, ...]:
+    return tuple(sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py")))
 
 
 @cache
 def find_method(name: str) -> Method:
     """The method of that name; UnknownNameError with the nearest names otherwise."""
-    folder = Path(__file__).parent
     module = name.replace("-", "_")
-    if module.isidentifier() and (folder / f"{module}.py").is_file() and not module.startswith("_"):
+    if module in _files():
         found: Method = importlib.import_module(f"planner.methods.{module}").METHOD
         return found
     raise UnknownNameError("method", name, methods())
