@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.errors import FinefitError, SetupError
+from planner.methods import find_method
 from planner.setup import CHOICES, TrainSetup
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainSetup)}
@@ -205,3 +206,9 @@ def test_the_label_of_a_model():
     assert TrainSetup(model={"model_type": "llama"}).model_label == "llama"
     assert TrainSetup(model={"_name_or_path": "mine", "model_type": "llama"}).model_label == "mine"
     assert TrainSetup(model={}).model_label
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "../lora", "__init__", "lora.py", ""])
+def test_a_method_s_name_never_reaches_the_file_system(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="unknown method"):
+        find_method(name)
