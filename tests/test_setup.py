@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.errors import FinefitError, SetupError
+from planner.errors import FinefitError, SetupError, UnknownNameError
 from planner.methods import find_method
 from planner.setup import CHOICES, TrainSetup
 
