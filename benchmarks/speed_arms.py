@@ -136,7 +136,8 @@ def run_arm(arm: Arm, case: str, load: Load, started: float) -> dict[str, Any]:
     clock = Clock(started=started)
     rows_per_step = BLOCKS_PER_STEP if case == "blocks" else ROWS_PER_STEP
     model = PROGRAMS[arm.program](arm, load, rows_per_step, clock)
-    return {**clock.figures(), "held_out_loss": held_out_loss(model, load.held_out)}
+    batches_per_step = arm.options.get("gradient_accumulation_steps", 1)
+    return {**clock.figures(batches_per_step), "held_out_loss": held_out_loss(model, load.held_out)}
 
 
 def finefit(arm: Arm, load: Load, rows_per_step: int, clock: Clock) -> Any:
@@ -144,6 +145,7 @@ def finefit(arm: Arm, load: Load, rows_per_step: int, clock: Clock) -> Any:
     from bench import run as run_module
     from bench.build import build_model
     from bench.host_memory import keep_freed_memory
+    from bench.run_options import RunOptions
     from bench.rundata import run_data
     from bench.runfolder import RunFolder
     from bench.signals import StopFlag
@@ -155,10 +157,10 @@ def finefit(arm: Arm, load: Load, rows_per_step: int, clock: Clock) -> Any:
     class TimedRun(run_module.Run):
         def _take_step(self) -> None:
             super()._take_step()
-            clock.num_tokens = self.state.num_tokens
+            clock.batch_tokens.append(self.state.num_tokens - sum(clock.batch_tokens))
             clock.mark()
 
-        def _evaluate_if_due(self) -> None:
+        def _examine_if_due(self) -> None:
             """Nothing: the others don't either."""
 
     setup = _setup(arm, load, rows_per_step)
@@ -175,8 +177,7 @@ def finefit(arm: Arm, load: Load, rows_per_step: int, clock: Clock) -> Any:
             model,
             tokenizer,
             stop=StopFlag(),
-            progress=False,
-            save_every_steps=load.num_steps + 1,
+            options=RunOptions(progress=False, save_every_steps=load.num_steps + 1),
         ).execute()
     return model
 
@@ -249,7 +250,7 @@ def _counting(collator: Callable[[Any], Any], clock: Clock) -> Callable[[Any], A
     """The collator, which also counts the real tokens that it is given."""
 
     def collate(rows: Any) -> Any:
-        clock.num_tokens += sum(len(row["input_ids"]) for row in rows)
+        clock.batch_tokens.append(sum(len(row["input_ids"]) for row in rows))
         return collator(rows)
 
     return collate

@@ -54,24 +54,24 @@ def load_of(case: str, num_steps: int) -> Load:
 
 @dataclass
 class Clock:
-    """Marks at the end of each step, and the real tokens of each batch."""
+    """Marks at the end of each step, and the real tokens of each micro-batch, which may be made before its step."""
 
     started: float
-    marks: list[tuple[float, float, int]] = field(default_factory=list)
-    num_tokens: int = 0
+    marks: list[tuple[float, float]] = field(default_factory=list)
+    batch_tokens: list[int] = field(default_factory=list)
 
     def mark(self) -> None:
         """A step has ended."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
         others = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu_s = usage.ru_utime + usage.ru_stime + others.ru_utime + others.ru_stime
-        self.marks.append((cpu_s, time.time(), self.num_tokens))
+        self.marks.append((cpu_s, time.time()))
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self, batches_per_step: int) -> dict[str, Any]:
         """Real tokens, CPU and wall seconds after the first step; how long the first took from the process' start."""
-        (first_cpu_s, first_at, first_tokens), (cpu_s, at, tokens) = self.marks[0], self.marks[-1]
+        (first_cpu_s, first_at), (cpu_s, at) = self.marks[0], self.marks[-1]
         return {
-            "tokens": tokens - first_tokens,
+            "tokens": sum(self.batch_tokens[batches_per_step:]),
             "cpu_s": cpu_s - first_cpu_s,
             "wall_s": at - first_at,
             "first_step_cpu_s": first_cpu_s,
