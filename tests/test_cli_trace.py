@@ -70,6 +70,7 @@ def test_trace_says_what_estimate_says_and_more(
 
 
 @pytest.mark.train
+@pytest.mark.slow
 def test_cases_are_traced_line_by_line(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,13 +63,18 @@ def traced(setup: TrainSetup) -> dict[str, int]:
     "changes",
     [
         {},
-        {"num_gpus": 4, "checkpointing": "none"},
-        {"seq_len": 32},
-        AUTOCAST,
-        {"model": {**CONFIG, "tie_word_embeddings": True}},
-        {"method": "lora"},
-        {"method": "lora", "seq_len": 32, **AUTOCAST},
-        {"sharding": "ddp"},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"num_gpus": 4, "checkpointing": "none"},
+                {"seq_len": 32},
+                AUTOCAST,
+                {"model": {**CONFIG, "tie_word_embeddings": True}},
+                {"method": "lora"},
+                {"method": "lora", "seq_len": 32, **AUTOCAST},
+                {"sharding": "ddp"},
+            )
+        ),
         {"sharding": "ddp", "method": "lora", "num_gpus": 4},
     ],
 )
@@ -101,6 +106,7 @@ def check_against_processes(setup: TrainSetup) -> None:
             assert max(phases.values()) == pytest.approx(max(measured.values()), rel=0.03)
 
 
+@pytest.mark.slow
 def test_two_processes_of_fsdp_hold_what_is_predicted():
     check_against_processes(setup_of(model={**CONFIG, "num_hidden_layers": 2}, seq_len=64))
 

@@ -138,6 +138,7 @@ def test_a_config_that_is_no_model_is_one_line(changes, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_a_family_has_not_is_one_line():
     from bench.trace.run import trace
 

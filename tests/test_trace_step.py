@@ -128,9 +128,13 @@ def _real_batch(setup: TrainSetup) -> dict[str, torch.Tensor]:
     "changes",
     [
         {"method": "full", "weights_dtype": "float32"},
-        {"method": "full", "weights_dtype": "float32", "checkpointing": "none"},
-        {"method": "lora"},
-        {"method": "lora", "checkpointing": "none", "attention": "eager"},
+        pytest.param(
+            {"method": "full", "weights_dtype": "float32", "checkpointing": "none"}, marks=pytest.mark.slow
+        ),
+        pytest.param({"method": "lora"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"method": "lora", "checkpointing": "none", "attention": "eager"}, marks=pytest.mark.slow
+        ),
         {"method": "lora", "weights_dtype": "float32", "autocast": "bfloat16"},
         # in bfloat16 oneDNN's scratch of the head's product, which is no tensor, would decide a model this small
         {"method": "full", "weights_dtype": "float32", "loss": "chunked", "optimizer": "adamw-fused"},
@@ -203,6 +207,7 @@ def test_states_of_large_tensors_are_paged_out():
     assert device.phases["save"].num_bytes - paged.phases["save"].num_bytes == 2 * 2 * 2000 * 128
 
 
+@pytest.mark.slow
 def test_work_does_not_grow_with_depth():
     def work(num_layers: int) -> int:
         return trace(setup_of(model={**TINY, "num_hidden_layers": num_layers})).timeline.num_ops

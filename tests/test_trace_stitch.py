@@ -173,7 +173,10 @@ SETUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize(
+    "name",
+    [name if n == 0 else pytest.param(name, marks=pytest.mark.slow) for n, name in enumerate(SETUPS)],
+)
 def test_stitched_and_traced_at_all_layers_are_the_same_run(name: str) -> None:
     from bench.trace.run import trace
     from planner.setup import TrainSetup

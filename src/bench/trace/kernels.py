@@ -293,10 +293,13 @@ def _linear_cross_entropy(*, widens: bool) -> Callable[..., torch.Tensor]:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        num_trained: int,
+        trained: torch.Tensor | None,
+        num_trained: float,
         softcap: float | None,
         with_grad: bool,
     ) -> torch.Tensor:
+        if trained is not None:
+            rows, labels = rows[trained], labels[trained]
         total: torch.Tensor = LinearCrossEntropy.apply(rows, weight, bias, labels, with_grad, widens)
         return total / num_trained
 
