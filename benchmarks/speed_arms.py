@@ -54,12 +54,10 @@ def _trl(what: str, attention: str = "sdpa", **options: Any) -> Arm:
 
 
 _PLAIN_TRL = {"bf16": False, "gradient_checkpointing": False}
-_GROUPED = {
-    "train_sampling_strategy": "group_by_length",
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 4,
-}
-_AUTOCAST = {"bf16": True}
+_BY_8 = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+"""32 rows at once need 11 GB and more with all logits in float32."""
+_GROUPED = {"train_sampling_strategy": "group_by_length", **_BY_8}
+_AUTOCAST = {"bf16": True, **_BY_8}
 
 NATURAL: dict[str, Arm] = {
     "finefit": _finefit("joined rows, fused kernels, chunked loss", padding_free=True, kernels="fused"),
@@ -68,20 +66,23 @@ NATURAL: dict[str, Arm] = {
         "bf16 weights, no checkpointing, 4 x 8 rows grouped by length, malloc tuned", **_GROUPED
     ),
     "trl-packed": _trl(
-        "the same, packed into rows of 512 instead",
+        "bf16 weights, no checkpointing, packed into rows of 512, malloc tuned",
         packing=True,
         max_length=512,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
     ),
     "trainer-documented": Arm(
-        program="trainer", what="float32 weights, bf16 autocast", weights="float32", options=_AUTOCAST
+        program="trainer",
+        what="float32 weights, bf16 autocast, 4 x 8 rows",
+        weights="float32",
+        options=_AUTOCAST,
     ),
     "trl-defaults": Arm(
         program="trl",
         what="its defaults: float32 weights, bf16 autocast, checkpointing",
         weights="float32",
-        options={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
+        options=_BY_8,
     ),
 }
 """Rows of their own lengths."""
@@ -95,22 +96,26 @@ BLOCKS: dict[str, Arm] = {
 
 VARIANTS: dict[str, Arm] = {
     "finefit-plain-kernels": _finefit("joined rows, plain kernels, chunked loss", padding_free=True),
-    "finefit-padded": _finefit("padded rows, plain kernels, chunked loss"),
+    "finefit-padded": _finefit(
+        "4 x 8 padded rows, plain kernels, chunked loss", micro_batch_size=8, grad_accum_steps=4
+    ),
     "finefit-all-logits": _finefit(
         "joined rows, fused kernels, all logits", padding_free=True, kernels="fused", loss="full"
     ),
     "trainer-eager": _trainer("as tuned, with eager attention", "eager", **_GROUPED),
     "trl-eager": _trl("as tuned, with eager attention", "eager", **_GROUPED),
-    "trainer-random": _trainer("bf16 weights, rows in random order, malloc tuned"),
+    "trainer-random": _trainer("bf16 weights, 4 x 8 rows in random order, malloc tuned", **_BY_8),
     "trainer-malloc-untouched": Arm(
         program="trainer", what="bf16 weights, grouped, malloc as it is", options=_GROUPED
     ),
-    "trainer-flattened": _trainer("bf16 weights, rows joined by DataCollatorWithFlattening", flattens=True),
-    "trl-random": _trl("bf16 weights, rows in random order, malloc tuned"),
+    "trainer-flattened": _trainer(
+        "bf16 weights, 4 x 8 rows joined by DataCollatorWithFlattening", flattens=True, **_BY_8
+    ),
+    "trl-random": _trl("bf16 weights, 4 x 8 rows in random order, malloc tuned", **_BY_8),
     "trl-malloc-untouched": Arm(
         program="trl", what="bf16 weights, grouped, malloc as it is", options={**_PLAIN_TRL, **_GROUPED}
     ),
-    "trl-padding-free": _trl("padding_free, max_length None", padding_free=True, max_length=None),
+    "trl-padding-free": _trl("4 x 8 rows, padding_free", padding_free=True, max_length=None, **_BY_8),
     "trl-packed-1024": _trl(
         "packed into rows of 1024",
         packing=True,

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,21 @@ WANTED = (
     ("natural", ("trl-defaults",), 2.0),
     ("blocks", ("trainer-tuned", "trl-tuned"), 1.05),
 )
-"""Case, rivals of which the best counts, and the least ratio of finefit's real tokens per CPU-second to theirs."""
+"""Case, rivals of which the best counts, and the least ratio of finefit's real tokens per CPU-second to theirs. Whatever
+else was tried of the tuned ones on the same rows counts with them."""
 
 Arms = Mapping[str, Mapping[str, Any]]
 
 
 def summarise(results: Mapping[str, list[dict[str, Any]]], report: Path | None) -> dict[str, Any]:
-    """By case and program: total tokens over total CPU-seconds, the children's spread. Keeps other cases of `report`."""
+    """By case and program: total tokens over total CPU-seconds, the children's spread. What isn't run again keeps its figures in `report`."""
     old = report.with_suffix(".json") if report else None
     summary = json.loads(old.read_text()) if old and old.is_file() else {}
     cases = summary.get("cases", {})
     raw = summary.get("raw", {}) if cases else {}
-    for case, children in results.items():
+    for case, found in results.items():
+        newest = {child["arm"] for child in found}
+        children = [child for child in raw.get(case, []) if child["arm"] not in newest] + found
         raw[case] = children
         cases[case] = {name: _arm([c for c in children if c["arm"] == name]) for name in _names(children)}
     return {"cases": cases, "environment": _environment(), "raw": raw}
@@ -73,11 +76,10 @@ def check(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for case, rivals, least in WANTED:
         arms = summary["cases"].get(case, {})
-        rates = {
-            name: arms[name]["tokens_per_cpu_s"]
-            for name in rivals
-            if "tokens_per_cpu_s" in arms.get(name, {})
-        }
+        rates = _rates(arms, rivals)
+        if case == "natural" and len(rivals) > 1:
+            tried = summary["cases"].get("variants", {})
+            rates |= _rates(tried, [name for name in tried if not name.startswith("finefit")])
         if not rates or "tokens_per_cpu_s" not in arms.get("finefit", {}):
             continue
         best = max(rates, key=lambda name: rates[name])
@@ -86,6 +88,13 @@ def check(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             {"case": case, "rival": best, "ratio": ratio, "wanted": least, "reached": ratio >= least}
         )
     return found
+
+
+def _rates(arms: Arms, names: Iterable[str]) -> dict[str, float]:
+    """Of those that ran to their end."""
+    return {
+        name: arms[name]["tokens_per_cpu_s"] for name in names if "tokens_per_cpu_s" in arms.get(name, {})
+    }
 
 
 def format_report(summary: Mapping[str, Any]) -> str:
@@ -113,7 +122,8 @@ _TITLES = {
 def _verdicts(summary: Mapping[str, Any]) -> str:
     lines = ["| finefit against | real tokens per CPU-second, ratio | wanted |", "|---|---|---|"]
     for entry in check(summary):
-        what = summary["cases"][entry["case"]][entry["rival"]]["what"]
+        cases = summary["cases"]
+        what = {**cases.get("variants", {}), **cases[entry["case"]]}[entry["rival"]]["what"]
         name = f"{entry['rival']} ({what}), {_TITLES[entry['case']].lower()}"
         lines.append(f"| {name} | **{entry['ratio']:.2f}** | {entry['wanted']} |")
     return "\n".join(lines)
