@@ -205,7 +205,7 @@ class _EngineStep(_RankStep):
         """See TrainStep."""
         return whole_gradient(parameter)
 
-    def update(self, loss: torch.Tensor) -> torch.Tensor | None:
+    def update(self, losses: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Clip, step, free the gradients; the gradients' norm before clipping, None without clipping."""
         if self.on_gradients is not None:
             self.on_gradients(self.model)

@@ -95,12 +95,11 @@ class TrainStep:
             if number < len(micro_batches) and self.should_stop():
                 self.optimizer.zero_grad(set_to_none=True)
                 raise StopRequestedError
-        loss = torch.stack(losses).sum()
         with self.phase("optimizer"):
-            grad_norm = self.update(loss)
+            grad_norm = self.update(losses)
         self.num_steps_done += 1
         return StepResult(
-            loss=loss,
+            loss=torch.stack(losses).sum(),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             metrics=self.objective.take_metrics(),
@@ -126,15 +125,18 @@ class TrainStep:
         """A parameter's whole gradient, before the update; every rank must ask."""
         return parameter.grad
 
-    def update(self, loss: torch.Tensor) -> torch.Tensor | None:
-        """Clip, step, free the gradients; the gradients' norm before clipping, None without clipping."""
+    def update(self, losses: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Clip, step, free the gradients; the gradients' norm before clipping, None without clipping.
+
+        `losses`: each micro-batch's share of the step's.
+        """
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.on_gradients is not None and not self.setup.optimizer_in_backward:
             self.on_gradients(self.model)
         grad_norm = self._clip()
         if self.before_update is not None:
-            self.before_update(loss, grad_norm)
+            self.before_update(torch.stack(losses).sum(), grad_norm)
         if self.scaler is None:
             self.optimizer.step()
         else:
