@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Mapping
+from typing import Any
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 """mallopt's numbers (malloc.h of glibc)."""
@@ -41,6 +43,32 @@ def kept_bytes() -> int | None:
         return None
     libc.mallinfo2.restype = _Mallinfo2
     return int(libc.mallinfo2().fordblks)
+
+
+GROWTH = 1.25
+"""Of the resident set over that of the first steps, from which on kept memory is given back. Steps of one shape stay far
+below; rows of many lengths leave holes that the next ones don't fit into, and those add up."""
+FIRST_STEPS = 3
+
+
+class KeptMemory:
+    """A listener of a run's metrics: bounds what `keep_freed_memory` lets a process on the CPU hold."""
+
+    def __init__(self) -> None:
+        self._num_steps, self._first_bytes = 0, 0
+
+    def __call__(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Give freed memory back when a step leaves much more resident than the first ones did."""
+        if kind != "step" or "rss_bytes" not in values:
+            return
+        self._num_steps += 1
+        if self._num_steps <= FIRST_STEPS:
+            self._first_bytes = max(self._first_bytes, values["rss_bytes"])
+        elif values["rss_bytes"] > GROWTH * self._first_bytes:
+            give_back_freed_memory()
+
+    def close(self) -> None:
+        """Nothing is held here."""
 
 
 class _Mallinfo2(ctypes.Structure):

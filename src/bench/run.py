@@ -15,6 +15,7 @@ from bench.checkpoint import check_disk, random_state
 from bench.data import Example
 from bench.evaluate import Evaluation, evaluate
 from bench.exam import Exam
+from bench.host_memory import KeptMemory
 from bench.ladder import (
     PhaseNow,
     Shortage,
@@ -136,7 +137,11 @@ class Run:
         self.progress = Progress(self.pace, self.state.step, is_shown, expected)
         if not self.world.is_first:
             return
-        self.log.listeners = [self.progress, watch_for(predicted, self.setup, self.device, self._write)]
+        self.log.listeners = [
+            self.progress,
+            KeptMemory(),
+            watch_for(predicted, self.setup, self.device, self._write),
+        ]
         if self.options.tensorboard:
             self.log.listeners.append(TensorBoard(self.folder.root, self.state.step))
 
