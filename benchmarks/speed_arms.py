@@ -91,6 +91,7 @@ BLOCKS: dict[str, Arm] = {
     "finefit": NATURAL["finefit"],
     "trainer-tuned": _trainer("bf16 weights, malloc tuned"),
     "trl-tuned": _trl("bf16 weights, no checkpointing, malloc tuned"),
+    "trainer-eager": _trainer("bf16 weights, eager attention, malloc tuned", "eager"),
 }
 """Full rows."""
 
@@ -110,6 +111,15 @@ VARIANTS: dict[str, Arm] = {
     ),
     "trainer-flattened": _trainer(
         "bf16 weights, 4 x 8 rows joined by DataCollatorWithFlattening", flattens=True, **_BY_8
+    ),
+    "trainer-flattened-eager": _trainer("the same with eager attention", "eager", flattens=True, **_BY_8),
+    "trl-packed-eager": _trl(
+        "packed into rows of 512, eager attention",
+        "eager",
+        packing=True,
+        max_length=512,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
     ),
     "trl-random": _trl("bf16 weights, 4 x 8 rows in random order, malloc tuned", **_BY_8),
     "trl-malloc-untouched": Arm(

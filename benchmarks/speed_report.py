@@ -15,7 +15,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl")
 WANTED = (
     ("natural", ("trainer-tuned", "trl-tuned", "trl-packed"), 1.15),
     ("natural", ("trl-defaults",), 2.0),
-    ("blocks", ("trainer-tuned", "trl-tuned"), 1.05),
+    ("blocks", ("trainer-tuned", "trl-tuned", "trainer-eager"), 1.05),
 )
 """Case, rivals of which the best counts, and the least ratio of finefit's real tokens per CPU-second to theirs. Whatever
 else was tried of the tuned ones on the same rows counts with them."""
