@@ -95,7 +95,7 @@ def pair_data(setup: TrainSetup, pairs: list[Example]) -> RunData:
 def test_chunks_give_the_loss_and_gradients_of_all_logits(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.logprobs.LOSS_CHUNK_TOKENS", 7)
+    monkeypatch.setattr("bench.loss.LOSS_CHUNK_TOKENS", 7)
     setup = dpo_setup(**changes)
     data = moved(pair_data(setup, random_pairs()))
     (whole, expected), (chunked, found) = (

@@ -28,7 +28,16 @@ from planner.errors import DataError, FinefitError, InterruptedRunError, SetupEr
 from planner.planfile import read_plan
 from planner.setup import TrainSetup
 from tiny_llama import CONFIG, write_rows
-from whole_runs import NUM_STEPS, assert_equal_runs, make_plan, metrics, quiet_train, stop_at, summary_of
+from whole_runs import (
+    NUM_STEPS,
+    assert_equal_runs,
+    interrupted,
+    make_plan,
+    metrics,
+    quiet_train,
+    stop_at,
+    summary_of,
+)
 
 pytestmark = pytest.mark.train
 
@@ -270,16 +279,6 @@ def test_a_real_signal_and_a_resume_give_the_uninterrupted_run(
     assert summary.resumed_from is not None
     assert 3 <= summary.resumed_from < 40
     assert_equal_runs(whole, tmp_path / "cut")
-
-
-def interrupted(plan: Callable[..., TrainSetup], folder: Path, patch: pytest.MonkeyPatch) -> TrainSetup:
-    """A run stopped after step 5, with checkpoints of steps 3 and 5."""
-    setup = plan()
-    with patch.context() as context:
-        stop_at(context, run.Run, "_record", 5)
-        with pytest.raises(InterruptedRunError):
-            quiet_train(setup, folder)
-    return setup
 
 
 def test_a_torn_checkpoint_costs_only_its_own_steps(

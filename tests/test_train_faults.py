@@ -21,21 +21,11 @@ from bench.runfolder import RunFolder
 from bench.signals import StopFlag, StopRequestedError
 from planner.errors import FinefitError, InterruptedRunError, UsageError
 from planner.setup import TrainSetup
-from whole_runs import assert_equal_runs, metrics, quiet_train, stop_at
+from whole_runs import assert_equal_runs, interrupted, metrics, quiet_train, stop_at
 
 pytestmark = pytest.mark.train
 
 Plan = Callable[..., TrainSetup]
-
-
-def cut_after_step_5(plan: Plan, folder: Path, patch: pytest.MonkeyPatch) -> TrainSetup:
-    """Checkpoints of steps 3 and 5."""
-    setup = plan()
-    with patch.context() as context:
-        stop_at(context, run.Run, "_record", 5)
-        with pytest.raises(InterruptedRunError):
-            quiet_train(setup, folder)
-    return setup
 
 
 def test_a_stop_while_loading_says_whether_anything_is_saved(
@@ -46,7 +36,7 @@ def test_a_stop_while_loading_says_whether_anything_is_saved(
         with pytest.raises(FinefitError, match="stopped by SIGTERM before anything was trained") as caught:
             quiet_train(plan(), tmp_path / "run")
     assert caught.value.exit_code == 143
-    setup = cut_after_step_5(plan, tmp_path / "run", monkeypatch)
+    setup = interrupted(plan, tmp_path / "run", monkeypatch)
     with monkeypatch.context() as patch:
         stop_at(patch, train_module, "build_model", 1)
         with pytest.raises(InterruptedRunError, match="step 5 is saved"):
@@ -73,7 +63,7 @@ def test_torn_checkpoints_ahead_never_push_out_the_one_that_is_whole(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two torn ones would count as the newest two, and each that is saved behind them would be deleted."""
-    setup = cut_after_step_5(plan, tmp_path / "run", monkeypatch)
+    setup = interrupted(plan, tmp_path / "run", monkeypatch)
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         os.truncate(folder / "weights.safetensors", 9)
     with monkeypatch.context() as patch:
@@ -119,7 +109,7 @@ def test_what_a_kill_left_in_the_last_save_is_removed(plan: Plan, tmp_path: Path
 def test_a_torn_plan_in_the_folder_is_replaced_when_changes_are_allowed(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup = cut_after_step_5(plan, tmp_path / "run", monkeypatch)
+    setup = interrupted(plan, tmp_path / "run", monkeypatch)
     os.truncate(tmp_path / "run" / "plan.yaml", 700)
     with pytest.raises(UsageError, match=r"belongs to another plan.*allow the changes"):
         quiet_train(setup, tmp_path / "run")
@@ -145,7 +135,7 @@ def test_a_torn_summary_is_written_again(
 def test_torn_lines_of_metrics_are_left_out_and_counted(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup = cut_after_step_5(plan, tmp_path / "run", monkeypatch)
+    setup = interrupted(plan, tmp_path / "run", monkeypatch)
     path = tmp_path / "run" / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     first = next(at for at, line in enumerate(lines) if b'"kind": "step"' in line)
@@ -161,7 +151,7 @@ def test_a_checkpoint_of_another_finefit_is_one_line(
 ) -> None:
     from bench import checkpoint
 
-    setup = cut_after_step_5(plan, tmp_path / "run", monkeypatch)
+    setup = interrupted(plan, tmp_path / "run", monkeypatch)
     folder = tmp_path / "run" / "checkpoints" / "step-000005"
     state = json.loads((folder / "state.json").read_text())
     state["run"]["of_old"] = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bench import run
 from bench.checkpoint import newest_checkpoint
 from bench.train import RunSummary, train
+from planner.errors import InterruptedRunError
 from planner.setup import TrainSetup
 from tiny_llama import save_tiny_model, tiny_setup, write_pairs, write_rows
 
@@ -109,3 +112,13 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def assert_equal_runs(one: Path, other: Path) -> None:
     assert differences(one, other) == []
+
+
+def interrupted(plan: Callable[..., TrainSetup], folder: Path, patch: pytest.MonkeyPatch) -> TrainSetup:
+    """A run stopped after step 5, with checkpoints of steps 3 and 5."""
+    setup = plan()
+    with patch.context() as context:
+        stop_at(context, run.Run, "_record", 5)
+        with pytest.raises(InterruptedRunError):
+            quiet_train(setup, folder)
+    return setup

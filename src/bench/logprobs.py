@@ -5,7 +5,7 @@ Like the losses (bench.loss) with all logits at once, or chunk by chunk. T: toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,14 @@ from bench.loss import (
     Chunk,
     add_gradients,
     after_learned_tokens,
+    chunk_rows,
     compute_dtype,
     last_hidden,
+    longest_chunk,
     model_inputs,
     plain_head,
+    trained_rows,
 )
-from planner.lowering import LOSS_CHUNK_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +65,7 @@ def _of_hidden(model: nn.Module, hidden: torch.Tensor, batch: Batch) -> torch.Te
     head, softcap = plain_head(inner_model(model))
     labels = _shifted_labels(batch, hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    # where learned tokens stand ahead, the rows have other numbers
-    trained = batch.get("trained_rows") if labels.shape == batch["labels"].shape else None
+    trained = trained_rows(batch, hidden)
     logps: torch.Tensor = ChunkedLogProbs.apply(
         rows, head.weight, head.bias, labels.reshape(-1), trained, softcap
     )
@@ -103,8 +104,8 @@ class ChunkedLogProbs(torch.autograd.Function):  # type: ignore[misc]
         ctx.save_for_backward(rows, weight, bias, labels, trained)
         logps = rows.new_zeros(len(rows), dtype=torch.float32)
         with torch.autocast(rows.device.type, enabled=False):
-            chunk = _chunk(rows, weight, bias, trained, ctx.dtype, softcap)
-            for span in _spans(rows, trained):
+            chunk = Chunk(longest_chunk(rows, trained), weight, bias, ctx.dtype, softcap)
+            for span in chunk_rows(rows, trained):
                 logps[span] = -chunk.losses(rows[span].to(ctx.dtype), labels[span], with_grad=False)[:, 0]
         return logps
 
@@ -116,30 +117,10 @@ class ChunkedLogProbs(torch.autograd.Function):  # type: ignore[misc]
             torch.zeros_like(t) if needed and t is not None else None
             for t, needed in zip((rows, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
-        chunk = _chunk(rows, weight, bias, trained, ctx.dtype, ctx.softcap)
-        for span in _spans(rows, trained):
+        chunk = Chunk(longest_chunk(rows, trained), weight, bias, ctx.dtype, ctx.softcap)
+        for span in chunk_rows(rows, trained):
             part, targets = rows[span].to(ctx.dtype), labels[span]
             chunk.losses(part, targets, with_grad=True)
             weights = -grad_outputs[0][span, None] * (targets != IGNORE_INDEX)[:, None]
             add_gradients(grads, chunk.gradient(targets, weights), part, chunk.weight, span)
         return (*grads, None, None, None)
-
-
-def _chunk(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    trained: torch.Tensor | None,
-    dtype: torch.dtype,
-    softcap: float | None,
-) -> Chunk:
-    num_rows = len(rows) if trained is None else len(trained)
-    return Chunk(min(LOSS_CHUNK_TOKENS, num_rows), weight, bias, dtype, softcap)
-
-
-def _spans(rows: torch.Tensor, trained: torch.Tensor | None) -> Iterator[slice | torch.Tensor]:
-    """Which rows each chunk takes."""
-    num_rows = len(rows) if trained is None else len(trained)
-    for start in range(0, num_rows, LOSS_CHUNK_TOKENS):
-        span = slice(start, start + LOSS_CHUNK_TOKENS)
-        yield span if trained is None else trained[span]

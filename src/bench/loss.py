@@ -7,7 +7,7 @@ cut into micro-batches doesn't change its gradient. T: tokens, H: hidden size, V
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
@@ -97,8 +97,7 @@ def _head_loss(
             labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         labels = labels.reshape(-1)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        # where learned tokens stand ahead, the rows have other numbers
-        trained = batch.get("trained_rows") if hidden.shape[1] == batch["labels"].shape[1] else None
+        trained = trained_rows(batch, hidden)
         with_grad = torch.is_grad_enabled()
         return cross_entropy(rows, head.weight, head.bias, labels, trained, num_trained, softcap, with_grad)
 
@@ -155,6 +154,24 @@ def _head_logits(rows: torch.Tensor, head: nn.Linear, softcap: float | None) -> 
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def trained_rows(batch: Batch, hidden: torch.Tensor) -> torch.Tensor | None:
+    """Which rows of the hidden states have a label; None: unknown, so all may."""
+    # where learned tokens stand ahead, the rows have other numbers
+    return batch.get("trained_rows") if hidden.shape[1] == batch["labels"].shape[1] else None
+
+
+def longest_chunk(rows: torch.Tensor, trained: torch.Tensor | None) -> int:
+    """Rows of the largest chunk of `chunk_rows`."""
+    return min(LOSS_CHUNK_TOKENS, len(rows) if trained is None else len(trained))
+
+
+def chunk_rows(rows: torch.Tensor, trained: torch.Tensor | None) -> Iterator[slice | torch.Tensor]:
+    """Which of `rows` [T, H] each chunk takes: of all, or of those that `trained` [n] numbers."""
+    for start in range(0, len(rows) if trained is None else len(trained), LOSS_CHUNK_TOKENS):
+        span = slice(start, start + LOSS_CHUNK_TOKENS)
+        yield span if trained is None else trained[span]
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     """Head and cross-entropy, chunk by chunk; each chunk's gradients are made beside its loss.
 
@@ -185,12 +202,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         has_grads = any(grad is not None for grad in grads)
         dtype = compute_dtype(rows)
         with torch.autocast(rows.device.type, enabled=False):
-            num_rows = len(rows) if trained is None else len(trained)
-            chunk = Chunk(min(LOSS_CHUNK_TOKENS, num_rows), weight, bias, dtype, softcap)
+            chunk = Chunk(longest_chunk(rows, trained), weight, bias, dtype, softcap)
             loss = rows.new_zeros((), dtype=torch.float32)
-            for start in range(0, num_rows, LOSS_CHUNK_TOKENS):
-                span: slice | torch.Tensor = slice(start, start + LOSS_CHUNK_TOKENS)
-                span = span if trained is None else trained[span]
+            for span in chunk_rows(rows, trained):
                 part, targets = rows[span].to(dtype), labels[span]
                 loss += chunk.losses(part, targets, has_grads).sum()
                 if has_grads:
