@@ -322,7 +322,16 @@ def test_an_evaluation_before_training_changes_no_step(quant: str) -> None:
     assert losses_after(True) == losses_after(False)
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss": "chunked"}, {"packing": True}, {"eval_batch_size": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss": "chunked"},
+        {"packing": True},
+        {"eval_batch_size": 1},
+        {"method": "prompt", "num_virtual_tokens": 4},
+    ],
+)
 def test_token_accuracy_is_the_share_of_labels_that_are_likeliest(changes: dict[str, Any]) -> None:
     ids = [
         torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length))
@@ -333,7 +342,7 @@ def test_token_accuracy_is_the_share_of_labels_that_are_likeliest(changes: dict[
     num_right = 0
     for tokens in ids:
         with torch.no_grad():
-            likeliest = step.model(input_ids=tokens[None]).logits[0].argmax(-1)
+            likeliest = step.model(input_ids=tokens[None]).logits[0, -len(tokens) :].argmax(-1)
         # every third label is the one that the model holds for likeliest, the others are the next token's
         labels = torch.cat(
             (

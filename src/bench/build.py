@@ -6,6 +6,7 @@ tensors: `build_model(setup, weights=None, meta=True)`.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
     "int8": {},
 }
 """BitsAndBytesConfig's arguments beside load_in_4bit or load_in_8bit and the compute dtype."""
+
+KERNELS = {"fused": "bench.fused", "liger": "bench.liger"}
+"""Modules whose `fuse` replaces the forwards of a built model's modules."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -112,11 +116,9 @@ def build_model(
         _upcast_unquantised(model)
     model = add_adapters(setup, model, meta=meta)
     switch_checkpointing(setup, model)
-    if setup.kernels == "fused" and not meta:
-        # that module needs this one
-        from bench.fused import fuse
-
-        fuse(model)
+    if setup.kernels in KERNELS and not meta:
+        # those modules need this one
+        importlib.import_module(KERNELS[setup.kernels]).fuse(model)
     if setup.compile and not meta:
         compile_layers(model)
     return model.train()
@@ -383,8 +385,8 @@ def check_runnable(setup: TrainSetup, device: str | torch.device) -> None:
     on_cuda = device.type == "cuda"
     if setup.objective not in RUNNABLE:
         raise NotModelledError(f"objective: {setup.objective} can't be run yet; {' and '.join(RUNNABLE)} can")
-    if setup.kernels == "liger":
-        raise NotModelledError("kernels: liger can't be run yet; use fused or plain")
+    if setup.kernels == "liger" and not on_cuda:
+        raise SetupError("kernels", f"liger needs CUDA, this is {device.type}; use fused or plain")
     if setup.kernels == "fused" and (setup.compile or setup.autocast):
         raise SetupError("kernels", "fused runs without compile and without autocast; use plain")
     if setup.padding_free and setup.compile:

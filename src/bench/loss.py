@@ -47,7 +47,7 @@ def full_loss(model: nn.Module, batch: Batch, num_trained: float, phase: Phase) 
             **({"shift_labels": labels} if _is_aligned(inner) else {}),
         )
         after = 0 if _is_aligned(inner) else 1
-        count_hits(logits[:, : logits.shape[1] - after], batch["labels"][:, after:])
+        count_hits(logits[:, : logits.shape[1] - after], labels[:, after:])
     return loss
 
 

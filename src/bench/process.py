@@ -144,8 +144,13 @@ class _Watch:
         step = self.log.add(event)
         if step is not None:
             self.progress(step)
-        if self.sampler is not None and "gpu_uuid" in event:
+        if self.sampler is None:
+            return
+        if "gpu_uuid" in event:
             self.sampler.watch(event["gpu_uuid"])
+        if self.job.random_weights and self.log.phase == "warmup" and event.get("name") == "warmup":
+            # Random weights are made in 16 bits and packed afterwards, which a run with real ones doesn't do.
+            self.sampler.forget_memory()
 
     def report(self) -> RunReport:
         """The report of a child that has ended."""

@@ -18,17 +18,23 @@ if TYPE_CHECKING:
 
 RANDOM_STEPS = 3
 """Optimizer steps with rows of their own; later steps see them again."""
+DOCUMENTS_PER_PACKED_ROW = 2
+"""Enough for the mask that keeps the documents of a row apart."""
 
 
 def random_data(setup: TrainSetup, model: Any) -> RunData:
-    """Rows of `seq_len` random tokens of the model's vocabulary that all train: the worst case of any data."""
+    """Rows of `seq_len` random tokens of the model's vocabulary that all train: the worst case of any data.
+
+    Packed rows hold several documents, of equal lengths.
+    """
     from bench.build import inner_model
     from bench.rundata import RunData, plan_batches
 
     generator = np.random.default_rng(setup.seed)
     vocab_size = inner_model(model).get_input_embeddings().weight.shape[0]
-    num_rows = RANDOM_STEPS * setup.micro_batch_size * setup.grad_accum_steps
-    num_held_out = setup.eval_batch_size or setup.micro_batch_size
+    per_row = DOCUMENTS_PER_PACKED_ROW if setup.packing else 1
+    num_rows = RANDOM_STEPS * setup.micro_batch_size * setup.grad_accum_steps * per_row
+    num_held_out = (setup.eval_batch_size or setup.micro_batch_size) * per_row
     draw = partial(_random_row, generator, setup, vocab_size)
     train = [draw(number) for number in range(num_rows)]
     return RunData(
@@ -46,9 +52,10 @@ def _random_row(generator: np.random.Generator, setup: TrainSetup, vocab_size: i
     """A row, or a pair of rows with a reference of 0."""
     from bench.data import IGNORE_INDEX, Example
 
+    length = setup.seq_len // (DOCUMENTS_PER_PACKED_ROW if setup.packing else 1)
     rows = []
     for _ in range(setup.sequences_per_row):
-        ids = generator.integers(0, vocab_size, setup.seq_len, dtype=np.int32)
+        ids = generator.integers(0, vocab_size, length, dtype=np.int32)
         labels = ids.copy()
         labels[0] = IGNORE_INDEX
         rows.append(Example(input_ids=ids, labels=labels, group=str(number)))

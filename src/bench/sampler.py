@@ -71,6 +71,10 @@ class GpuSampler:
         """The process' memory on the card at its highest; None if it was never seen."""
         return self.peak_used_bytes if self.peak_used_bytes is not None else self.peak_growth_bytes
 
+    def forget_memory(self) -> None:
+        """Start the highest memory anew."""
+        self.peak_used_bytes = self.peak_growth_bytes = None
+
     def doubts(self) -> list[str]:
         """What makes the job's figures doubtful, one line each."""
         found = [f"the card was slowed down by: {word}" for word in sorted(self.throttling)]
