@@ -212,10 +212,14 @@ def test_the_command_writes_both_files_and_says_the_answer(results, capsys, sket
         (["empty.jsonl", "--html", "x.html"], 1, "holds no result"),
         (["folder", "--html", "x.html"], 1, "no .jsonl file"),
         (["missing.jsonl", "--html", "x.html"], 2, "does not exist"),
+        (["results.jsonl", "--html", "./results.jsonl"], 2, "overwritten"),
+        (["results.jsonl", "--html", "x.html", "--md", "x.html"], 2, "overwritten"),
+        (["foreign.jsonl", "--html", "x.html"], 1, "schema_version 9"),
     ],
 )
 def test_what_can_t_be_reported_is_one_line(results, capsys, words, code, message, sketched):
     Path("empty.jsonl").touch()
+    Path("foreign.jsonl").write_text('{"schema_version": 9}\n')
     Path("folder").mkdir()
     before = sorted(path.name for path in Path().iterdir())
     assert run(["report", *words]) == code

@@ -175,6 +175,25 @@ def test_what_is_predicted_not_to_fit_ends_one_run_and_skips_a_cell(plan, capsys
     assert plan.jobs == [] and capsys.readouterr().err.count("left out: plan.yaml seq_len") == 2
 
 
+def test_a_cell_that_can_t_be_predicted_is_named_and_the_sweep_goes_on(plan, capsys):
+    assert bench("--sweep", "model=nowhere-7b,smollm2-135m") == 0
+    assert "left out: plan.yaml model=nowhere-7b" in capsys.readouterr().err
+    assert [job.setup.model for job in plan.jobs] == ["smollm2-135m"]
+    assert bench("--set", "model=nowhere-7b") == 2
+
+
+def test_runs_with_and_without_weights_are_different_runs_to_resume(plan):
+    assert bench("--random-weights") == bench("--resume") == bench("--resume") == 0
+    assert bench("--resume", "--random-weights") == 0
+    assert [job.random_weights for job in plan.jobs] == [True, False]
+
+
+def test_results_never_go_into_a_plan(plan):
+    before = Path("plan.yaml").read_bytes()
+    assert bench("--results", "./plan.yaml") == 2
+    assert Path("plan.yaml").read_bytes() == before and plan.jobs == []
+
+
 def test_axes_without_sweep_and_sweeps_without_a_plan_are_usage_errors(plan):
     assert run(["bench", "plan.yaml", "seq_len=1,2"]) == 2
     assert run(["bench", "seq_len=1,2", "--sweep", "rank=1"]) == 2
@@ -228,6 +247,17 @@ def watch(root: Path, *states: dict[str, str]) -> HostSampler:
 def test_a_quiet_computer_raises_no_doubt(tmp_path):
     sampler = watch(tmp_path, host_files(busy=1000, idle=0), host_files(busy=2000, idle=1000, job=1000))
     assert sampler.facts()["others_cpu_share"] == 0 and sampler.doubts() == []
+
+
+def test_steps_that_are_over_soon_are_watched_to_their_end(tmp_path):
+    now = [0.0]
+    sampler = HostSampler(7, tmp_path, clock=lambda: now[0], own_cpu_s=lambda: 0.0)
+    for busy, is_working in ((0, False), (0, True), (30, False), (500, False)):
+        write(tmp_path, host_files(busy=busy, idle=0, job=busy // 2))
+        sampler.look(is_working=is_working)
+        now[0] += 0.3
+    assert sampler.facts()["others_cpu_share"] == pytest.approx(0.5)
+    assert sampler.facts()["watched_s"] == pytest.approx(0.3) and "used 50%" in sampler.doubts()[0]
 
 
 def test_everything_that_disturbs_is_named(tmp_path):

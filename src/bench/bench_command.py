@@ -20,6 +20,7 @@ from bench.store import Measurement
 from bench.sweep import Cell, Sweep
 from planner.cli_options import Session
 from planner.errors import DoesNotFitError, FinefitError, UsageError
+from planner.files import check_target
 from planner.planfile import PlanFile, read_plan
 from planner.render import format_json, terminal_width
 
@@ -39,15 +40,18 @@ class Wishes:
     trust_remote_code: bool = False
 
 
-def read_sweep(words: Sequence[str], axes: Sequence[str], settings: tuple[str, ...]) -> Sweep:
+def read_sweep(words: Sequence[str], axes: Sequence[str], settings: tuple[str, ...], results: Path) -> Sweep:
     """The runs that plans and axes among `words` mean; combinations that no setup can have are told on stderr.
 
-    Raises UsageError where no plan is among them, or axes without --sweep before them.
+    Raises UsageError where no plan is among them, or axes without --sweep before them, or where a plan is where the
+    results would go.
     """
     paths = [word for word in words if "=" not in word or Path(word).is_file()]
     more_axes = [word for word in words if word not in paths]
     if not paths or (more_axes and not axes):
         raise UsageError("give at least one plan; FIELD=VALUES come after --sweep")
+    for path in paths:
+        check_target(results, Path(path))
     plans = {path: read_plan(Path(path), settings).setup for path in paths}
     found = sweep.sweep(plans, sweep.read_axes((*axes, *more_axes)))
     for line in found.skipped:
@@ -67,22 +71,27 @@ class Bench:
 
     def count_done(self) -> Mapping[str, int]:
         """What the results have already; what is wrong with them goes to stderr."""
-        done, warnings = sweep.count_done(self.results, machine_id=machine_id(), device=self.wishes.device)
+        done, warnings = sweep.count_done(
+            self.results,
+            machine_id=machine_id(),
+            device=self.wishes.device,
+            random_weights=self.wishes.random_weights,
+        )
         for warning in warnings:
             click.echo(warning, err=True)
         click.echo(f"{self.results} has {sum(done.values())} finished runs of this machine", err=True)
         return done
 
     def run(self, cell: Cell) -> Measurement | None:
-        """Predict, measure, keep and show one cell; None where it is predicted not to fit.
+        """Predict, measure, keep and show one cell; None where it is predicted not to fit, or its model isn't known.
 
-        Raises DoesNotFitError where it is the only one.
+        Raises the reason where it is the only one.
         """
         wishes = self.wishes
         machine = machine_here(self.session, PlanFile(setup=cell.setup), wishes.device)
         try:
             predicted = predict(PlanFile(setup=cell.setup), machine, force=wishes.force)
-        except DoesNotFitError as error:
+        except FinefitError as error:
             if self.is_single:
                 raise
             click.echo(f"left out: {cell.label}: {error}", err=True)

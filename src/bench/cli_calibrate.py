@@ -56,8 +56,10 @@ def calibrate_command(
     """
     require_train_extra("calibrate")
     from bench.calibrate import calibrate, keep
-    from planner.files import write_atomically
+    from planner.files import check_target, write_atomically
 
+    if md is not None:
+        check_target(md, *results)
     runs = [run for path in results for run in read_with_warnings(path)]
     machine = machine_of(session, device)
     with redirect_stdout(sys.stderr), progress_bar("calibrate") as progress:

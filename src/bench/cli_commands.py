@@ -145,7 +145,7 @@ def bench_command(
     require_train_extra("bench")
     from bench.bench_command import Bench, Wishes, read_sweep
 
-    found = read_sweep(words, axes, settings)
+    found = read_sweep(words, axes, settings, results)
     bench = Bench(
         session=session,
         wishes=Wishes(is_sampling=not no_sampling, **options),

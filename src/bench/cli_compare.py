@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.command(
     "compare",
     cls=SectionedCommand,
-    epilog="Example: finefit compare before.jsonl after.jsonl --gate step_s<=1.05",
+    epilog="Example: finefit compare before.jsonl after.jsonl --gate 'step_s<=1.05'",
 )
 @click.argument(
     "files", metavar="RESULTS [RESULTS]", nargs=-1, required=True, type=click.Path(path_type=Path)
@@ -204,8 +204,9 @@ def report_command(
         raise UsageError("where to? --html FILE, --md FILE, or both")
     if trace:
         require_train_extra("report --trace")
-    from bench.report.command import build, write
+    from bench.report.command import build, check_targets, write
 
+    check_targets(source, html, md)
     report = build(session, source, gpu, trace=trace)
     click.echo(f"{report.question}\n{report.answer}")
     for path in write(report, html, md):

@@ -16,6 +16,8 @@ from bench.host import ROOT
 
 INTERVAL_S = 0.5
 """Between two looks: each reads a handful of small files, some tenths of a millisecond."""
+MIN_WATCHED_S = 0.2
+"""Between the first look and the last: the kernel counts processor time in hundredths of a second."""
 MAX_OTHERS_SHARE = 0.10
 """Share of all processors that others may use during the steps before wall times are in doubt."""
 MAX_STEAL_SHARE = 0.02
@@ -56,10 +58,15 @@ class HostSampler:
     last: HostState | None = None
     clocks_hz: list[float] = field(default_factory=list)
     _due_s: float = 0.0
+    _was_working: bool = False
 
     def look(self, *, is_working: bool) -> float | None:
-        """Sample if it is time to; the processors' mean clock in Hz where one was read now."""
-        if not is_working or self.clock() < self._due_s:
+        """Sample if it is time to, and once when the work has ended; the processors' mean clock in Hz where one was read now.
+
+        Without the look at the end nothing would be known of steps that are over sooner than two looks.
+        """
+        has_ended, self._was_working = self._was_working and not is_working, is_working
+        if not has_ended and (not is_working or self.clock() < self._due_s):
             return None
         self._due_s = self.clock() + INTERVAL_S
         state = read_state(self.pid, self.clock(), self.root, self.own_cpu_s())
@@ -67,6 +74,8 @@ class HostSampler:
             return None
         self.first = self.first or state
         self.last = state
+        if has_ended:
+            return None
         clock_hz = _clock_hz(self.root)
         if clock_hz is not None:
             self.clocks_hz.append(clock_hz)
@@ -103,7 +112,7 @@ class HostSampler:
         return [f"the processors' clock went from {high / 1e9:.1f} down to {low / 1e9:.1f} GHz"]
 
     def _delta(self, name: str) -> Any:
-        if self.first is None or self.last is None or self.first is self.last:
+        if self.first is None or self.last is None or self.last.at_s - self.first.at_s < MIN_WATCHED_S:
             return None
         before, after = getattr(self.first, name), getattr(self.last, name)
         return None if before is None or after is None else max(0, after - before)

@@ -158,11 +158,13 @@ def _unsteady(step_wall_s: Sequence[float]) -> list[str]:
         return []
     found = []
     if len(step_wall_s) < MIN_STEPS:
-        found.append(f"only {len(step_wall_s)} timed steps: {MIN_STEPS} or more show their spread")
+        found.append(
+            f"only {len(step_wall_s)} timed step{'s' if len(step_wall_s) > 1 else ''}: {MIN_STEPS} or more show their spread"
+        )
     spread = summarise(step_wall_s).relative_spread
     if spread > MAX_SPREAD:
         found.append(
-            f"step times spread by {spread:.0%} (interquartile range / median; {MAX_SPREAD:.0%} is usual)"
+            f"step times spread by {100 * spread:.1f} % (interquartile range / median; up to {MAX_SPREAD:.0%} is steady)"
         )
     slower = drift(step_wall_s)
     if len(step_wall_s) >= MIN_STEPS and slower > MAX_DRIFT:

@@ -230,6 +230,10 @@ def _read_line(line: bytes, found: list[Measurement]) -> str | None:
     except (ValueError, TypeError, KeyError, RecursionError, FinefitError) as error:
         if not line.endswith(b"\n"):
             return "it was cut off while it was written"
+        if isinstance(error, json.JSONDecodeError):
+            return f"it is no whole JSON value, as after a crash: {error.msg} at character {error.pos + 1}"
+        if isinstance(error, RecursionError):
+            return "it is nested too deeply for a record"
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None
 

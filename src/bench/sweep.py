@@ -106,15 +106,21 @@ def rounds(cells: Sequence[Cell], num_repeats: int, done: Mapping[str, int]) -> 
                 yield cell
 
 
-def count_done(path: Path, *, machine_id: str | None, device: str | None) -> tuple[Counter[str], list[str]]:
+def count_done(
+    path: Path, *, machine_id: str | None, device: str | None, random_weights: bool = False
+) -> tuple[Counter[str], list[str]]:
     """How many final results of each setup this machine has in a file, and what is wrong with its lines.
 
-    `device`: only runs on it count, where it is given. Nothing is done where there is no file.
+    `device`: only runs on it count, where it is given; likewise only runs with weights of the same kind, where a record
+    says. Nothing is done where there is no file.
     """
     if not path.exists():
         return Counter(), []
     runs, warnings = read_results(path)
-    return Counter(run.setup_id for run in runs if _is_final(run, machine_id, device)), warnings
+    final = (run for run in runs if _is_final(run, machine_id, device))
+    return Counter(
+        run.setup_id for run in final if run.protocol.get("random_weights", random_weights) == random_weights
+    ), warnings
 
 
 def _is_final(run: Measurement, machine_id: str | None, device: str | None) -> bool:

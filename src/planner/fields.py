@@ -159,8 +159,9 @@ def find_field(name: str) -> FieldType:
     key = name.strip().replace("-", "_")
     if key in FIELDS:
         return FIELDS[key]
-    nearest = ", ".join(nearest_names(key, FIELDS)) or "see `finefit plan --help`"
-    raise SetupError(name.strip(), f"no such field; nearest: {nearest}")
+    nearest = ", ".join(nearest_names(key, FIELDS))
+    advice = f"nearest: {nearest}" if nearest else "`finefit plan --help` lists them"
+    raise SetupError(name.strip(), f"no such field; {advice}")
 
 
 def parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from planner.errors import FinefitError
+from planner.errors import FinefitError, UsageError
 
 
 def user_cache() -> Path:
@@ -26,6 +26,14 @@ def user_data_folder() -> Path:
     It needn't exist yet.
     """
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "finefit"
+
+
+def check_target(target: Path, *kept: Path) -> None:
+    """Raise UsageError where writing `target` would destroy one of the files that must stay as they are."""
+    own = target.resolve()
+    for path in kept:
+        if path.resolve() == own:
+            raise UsageError(f"{target} would be overwritten: name another file")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -20,7 +20,7 @@ from planner.cli_options import Session
 from planner.cli_plan import setup_and_machine
 from planner.errors import FinefitError, MissingExtraError
 from planner.estimate import estimate
-from planner.files import write_atomically
+from planner.files import check_target, write_atomically
 from planner.planfile import looks_like_plan, read_plan
 
 NEEDED = ("matplotlib", "jinja2")
@@ -38,6 +38,10 @@ def build(session: Session, source: Path, gpu: str | None, *, trace: bool) -> Re
     if is_run_folder(source):
         return run_report(source, made)
     runs, warnings = read_sources(source)
+    if not runs and warnings:
+        raise FinefitError(
+            f"{source} holds no result that can be read: {len(warnings)} lines were left out, the first: {clip(warnings[0])}"
+        )
     return results_report(runs, warnings, clip(source.name), made)
 
 
@@ -67,6 +71,15 @@ def _of_plan(session: Session, source: Path, gpu: str | None, trace: bool, made:
         if record["trace_error"]:
             notes.append(f"The step could not be traced: {record['trace_error']}")
     return plan_report(plan, machine, found, name=clip(source.name), made=made, traced=stretches, notes=notes)
+
+
+def check_targets(source: Path, html: Path | None, markdown: Path | None) -> None:
+    """Raise UsageError before the work where a file would overwrite the source, or one report the other."""
+    kept = [source]
+    for target in (html, markdown):
+        if target is not None:
+            check_target(target, *kept)
+            kept.append(target)
 
 
 def write(report: Report, html: Path | None, markdown: Path | None) -> list[Path]:
