@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.compare import compare, compare_files, predicted_vs_measured
+from bench.compare_text import format_comparisons
 from bench.gates import check_gates, read_gate
 from bench.store import Measured, Measurement, Samples
 from bench.terms import errors_by_term, term_rows
@@ -88,6 +89,7 @@ def test_other_machines_versions_and_setups_are_named():
     assert found.version_differences == {"peft": (None, "1"), "torch": ("2.13.0", "2.14.0")}
     assert found.setup_differences == {"rank": (16, 8)}
     assert any("devices" in w for w in found.warnings)
+    assert any(w.startswith("A ran on x abc, B on ") for w in found.warnings)
 
 
 def test_without_ids_machines_are_told_by_their_hardware_and_else_unknown():
@@ -130,6 +132,10 @@ def test_sweeps_are_compared_setup_by_setup():
             for rank in ranks
         ]
 
+    many, _ = compare_files(swept(1, 1, 2, 4, 8), swept(1.5, 1, 2, 4, 8))
+    lines = format_comparisons(many, 120).splitlines()
+    assert lines[0].startswith("4 of 4 setups differ") and sum("1.500" in line for line in lines) == 4
+    assert "B's step takes 50.0% longer" in format_comparisons(many[:1], 120)
     found, lonely = compare_files(swept(1, 4, 8, 16), swept(1.5, 8, 16, 32))
     assert [round(c.step.ratio, 6) for c in found] == [1.5, 1.5] and all(c.label for c in found)
     assert not any(c.setup_differences for c in found)

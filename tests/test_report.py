@@ -170,6 +170,20 @@ def test_mixed_machines_and_lines_left_out_are_said(swept, sketched):
     assert "left out: torn" in to_html(report)
 
 
+def test_runs_that_differ_in_anything_are_told_apart(swept, sketched):
+    runs = [
+        replace(run, setup=run.setup.with_(weights_dtype=dtype, rank=rank))
+        for run in swept
+        for dtype, rank in (("bfloat16", 8), ("float32", 8), ("float32", 64))
+    ]
+    report = results_report(runs, [], "r", "made")
+    (table,) = next(section.blocks for section in report.sections if section.title == "All runs")
+    names = [row[0] for row in table.rows]
+    assert len(set(names)) == len(names) == 27 and "rank 64, weights_dtype float32" in names[2]
+    speed = next(section.blocks[0] for section in report.sections if section.title == "Speed")
+    assert "batch 1, rank 8, weights_dtype bfloat16: " in speed.alt and "2 more curves" in speed.alt
+
+
 def test_a_thousand_results_stay_a_small_page(swept):
     assert len(to_html(results_report(swept * 111, [], "r", "made"))) < 3_000_000
 

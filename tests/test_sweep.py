@@ -175,6 +175,16 @@ def test_what_is_predicted_not_to_fit_ends_one_run_and_skips_a_cell(plan, capsys
     assert plan.jobs == [] and capsys.readouterr().err.count("left out: plan.yaml seq_len") == 2
 
 
+def test_a_sweep_ends_with_a_table_that_tells_its_runs_apart(plan, capsys):
+    axes = ["--sweep", "micro_batch_size=1,4", "weights_dtype=float32,bfloat16"]
+    assert run(["bench", "plan.yaml", *axes, "--set", "seq_len=64"], machine()) == 0
+    captured = capsys.readouterr()
+    assert "2/4 plan.yaml micro_batch_size=1 weights_dtype=bfloat16: steps" in captured.err
+    rows = captured.out[captured.out.rindex("setup  ") :].splitlines()[2:]
+    assert len(rows) == len(set(rows)) == 4
+    assert "1 x 64 tokens, weights_dtype float32" in rows[0] and "oom" in rows[2]
+
+
 def test_a_cell_that_can_t_be_predicted_is_named_and_the_sweep_goes_on(plan, capsys):
     assert bench("--sweep", "model=nowhere-7b,smollm2-135m") == 0
     assert "left out: plan.yaml model=nowhere-7b" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import click
 
 from bench import sweep
 from bench.cli_commands import machine_here, predict
-from bench.cli_text import format_measurement
+from bench.cli_text import format_measurement, format_sweep
 from bench.environment import machine_id
 from bench.measure import ProgressLine, measure
 from bench.process import ProcessExecutor
@@ -82,8 +82,8 @@ class Bench:
         click.echo(f"{self.results} has {sum(done.values())} finished runs of this machine", err=True)
         return done
 
-    def run(self, cell: Cell) -> Measurement | None:
-        """Predict, measure, keep and show one cell; None where it is predicted not to fit, or its model isn't known.
+    def run(self, cell: Cell, prefix: str = "") -> Measurement | None:
+        """Predict, measure, keep and show one cell, `prefix` before its name; None where it is predicted not to fit, or its model isn't known.
 
         Raises the reason where it is the only one.
         """
@@ -106,7 +106,7 @@ class Bench:
             random_weights=wishes.random_weights,
             timeout_s=wishes.timeout_s,
             trust_remote_code=wishes.trust_remote_code,
-            progress=ProgressLine(f"{cell.label}: "),
+            progress=ProgressLine(f"{prefix}{cell.label}: "),
             executor=ProcessExecutor(is_sampling=wishes.is_sampling),
         )
         text = format_json(run.to_json()) if self.as_json else format_measurement(run, terminal_width())
@@ -128,7 +128,14 @@ class Bench:
     def run_all(self, cells: Sequence[Cell], num_repeats: int, *, resume: bool) -> int:
         """Run what isn't done; say where the results are; the exit code."""
         done = self.count_done() if resume else {}
-        runs = [run for cell in sweep.rounds(cells, num_repeats, done) if (run := self.run(cell)) is not None]
+        planned = list(sweep.rounds(cells, num_repeats, done))
+        runs = []
+        for number, cell in enumerate(planned, start=1):
+            prefix = f"{number}/{len(planned)} " if len(planned) > 1 else ""
+            run = self.run(cell, prefix)
+            runs += [] if run is None else [run]
+        if len(runs) > 1 and not self.as_json:
+            click.echo(f"\n{format_sweep(runs, terminal_width())}")
         click.echo(f"{len(runs)} results appended to {self.results}", err=True)
         outcomes = [run.outcome for run in runs]
         if self.is_single:

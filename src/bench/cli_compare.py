@@ -103,8 +103,8 @@ def _compare_predicted(path: Path, as_json: bool) -> None:
 
 
 def _compare_two(a: Path, b: Path, gates: list[Gate], any_machine: bool, as_json: bool) -> None:
-    from bench.cli_text import format_comparison
     from bench.compare import compare_files
+    from bench.compare_text import format_comparisons
     from bench.gates import check_gates
 
     found, lonely = compare_files(read_with_warnings(a), read_with_warnings(b))
@@ -113,7 +113,7 @@ def _compare_two(a: Path, b: Path, gates: list[Gate], any_machine: bool, as_json
         answer = plain[0] if len(plain) == 1 else {"comparisons": plain}
         click.echo(format_json({"schema_version": SCHEMA_VERSION, **answer, "unmatched": lonely}))
     else:
-        click.echo("\n\n".join(format_comparison(one, terminal_width()) for one in found))
+        click.echo(format_comparisons(found, terminal_width()))
     for line in (*([] if as_json else lonely), *check_gates(gates, found, any_machine=any_machine)):
         click.echo(line, err=True)
 

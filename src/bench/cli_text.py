@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.compare import Comparison, PredictionRow, predicted_vs_measured
-from bench.stats import Ratio
+from bench.compare import PredictionRow, predicted_vs_measured, traced_quantities
+from bench.labels import describe, differing
 from bench.store import Measurement
 from bench.terms import TermError
 from bench.verify import Verification, VerifyRow
 from planner.render import Column, blank_repeats, format_facts, format_table, paint, printable, wrap
 from planner.render_plot import format_area
-from planner.units import format_duration, gib
+from planner.units import format_bytes_finely, format_duration
 
 MAX_SAMPLE_CHARS = 300
 """Of an answer that is shown after a run; summary.json has all of it."""
@@ -22,46 +22,117 @@ GOOD_ERROR, FAIR_ERROR = 0.05, 0.15
 """Up to which relative error a prediction is shown as good, and as fair."""
 
 
-def _size(num_bytes: float) -> str:
-    """Finer than planner's tables: a run's error shows in the second decimal."""
-    return f"{gib(num_bytes):.2f} GiB"
-
-
 _QUANTITIES: Mapping[str, tuple[str, Callable[[float], str]]] = {
-    "peak_allocated_bytes": ("peak of live tensors", _size),
-    "peak_reserved_bytes": ("peak reserved by torch", _size),
-    "device_used_bytes": ("used on the device", _size),
+    "peak_allocated_bytes": ("peak of live tensors", format_bytes_finely),
+    "peak_reserved_bytes": ("peak reserved by torch", format_bytes_finely),
+    "device_used_bytes": ("used on the device", format_bytes_finely),
     "step_s": ("optimizer step", format_duration),
     "tokens_per_s": ("tokens per second", lambda value: f"{value:.0f}"),
 }
 
 
 def format_measurement(run: Measurement, width: int | None = None) -> str:
-    """One run: what it was, predicted beside measured, and the doubts."""
-    heading = paint(printable(f"{run.setup.method} of {run.setup.model_label} on {run.gpu}"), "strong")
-    if run.outcome != "ok":
-        return wrap(f"{heading}: {run.outcome} in phase {run.last_phase}: {printable(str(run.error))}", width)
-    errors = {row.quantity: row for row in predicted_vs_measured([run])}
-    shown = [name for name in _QUANTITIES if getattr(run.measured, name) is not None]
-    columns = [
-        Column(title="", cells=tuple(_QUANTITIES[name][0] for name in shown)),
-        Column(title="predicted", cells=tuple(_predicted(name, errors) for name in shown), is_number=True),
-        Column(
-            title="measured",
-            cells=tuple(_QUANTITIES[name][1](getattr(run.measured, name)) for name in shown),
-            is_number=True,
-        ),
-        Column(title="error", cells=tuple(_error(errors.get(name)) for name in shown), is_number=True),
-    ]
+    """One run: what it was, predicted beside measured, how steady it was, and the doubts."""
+    heading = paint(f"{describe(run.setup)} on {printable(run.gpu)}", "strong")
     notes = [wrap(f"note: {printable(note)}", width, rest="  ") for note in run.warnings]
+    if run.outcome != "ok":
+        return "\n".join([wrap(f"{heading}: {_failure(run)}", width), *notes])
     plot = format_area(run.timeline, None, width)
-    along = ["", paint("Memory along one step", "strong"), plot, ""] if plot else []
-    return "\n".join([heading, "", format_table(columns, width), *along, *notes])
+    along = ["", paint("Memory along one step", "strong"), plot] if plot else []
+    facts = format_facts(_step_facts(run), width)
+    return "\n".join([heading, "", _beside(run, width), "", *([facts] if facts else []), *along, "", *notes])
+
+
+def _failure(run: Measurement) -> str:
+    """How a run ended that didn't get through, and how far it came."""
+    num_steps = len(run.samples.warmup_wall_s) + len(run.samples.step_wall_s)
+    return f"{run.outcome} in phase {run.last_phase}, after {num_steps} steps: {printable(str(run.error))}"
+
+
+def _beside(run: Measurement, width: int | None) -> str:
+    """Each quantity as predicted, as traced where it was, and as measured."""
+    errors = {row.quantity: row for row in predicted_vs_measured([run])}
+    traced = traced_quantities(run)
+    shown = [name for name in _QUANTITIES if getattr(run.measured, name) is not None]
+
+    def column(title: str, show: Callable[[str], str]) -> Column:
+        return Column(title=title, cells=tuple(map(show, shown)), is_number=True)
+
+    return format_table(
+        [
+            Column(title="", cells=tuple(_QUANTITIES[name][0] for name in shown)),
+            column("predicted", lambda name: _predicted(name, errors)),
+            column("error", lambda name: _error(errors.get(name))),
+            *([column("traced", lambda name: _shown(name, traced.get(name)))] if traced else []),
+            column("measured", lambda name: _shown(name, getattr(run.measured, name))),
+        ],
+        width,
+    )
+
+
+def _shown(quantity: str, value: float | None) -> str:
+    return "-" if value is None else _QUANTITIES[quantity][1](value)
+
+
+def _step_facts(run: Measurement) -> list[tuple[str, str]]:
+    """How many steps were measured, how far they spread, and what else was timed."""
+    found, samples = run.measured, run.samples
+    low, high = found.low_step_s, found.high_step_s
+    facts = [
+        (
+            "median step",
+            None
+            if low is None or high is None
+            else f"{format_duration(low)} to {format_duration(high)} (95 % interval)",
+        ),
+        (
+            "measured",
+            None
+            if found.step_spread is None
+            else f"{len(samples.step_wall_s)} steps after {len(samples.warmup_wall_s)} of warm-up, "
+            f"spread {100 * found.step_spread:.1f} % (interquartile range / median)",
+        ),
+        *(
+            (title, None if value is None else show(value))
+            for title, value, show in (
+                ("CPU time per step", found.cpu_step_s, format_duration),
+                ("first step", found.first_step_s, format_duration),
+                ("one evaluation batch", found.eval_s, format_duration),
+                ("one checkpoint", found.save_s, format_duration),
+                ("energy per step", found.energy_per_step_j, lambda joules: f"{joules:.3g} J"),
+            )
+        ),
+    ]
+    return [(title, text) for title, text in facts if text is not None]
+
+
+def format_sweep(runs: Sequence[Measurement], width: int | None = None) -> str:
+    """All runs of a sweep under each other."""
+    differences = differing(run.setup for run in runs)
+    peaks = {row.id: row for row in predicted_vs_measured(runs) if row.quantity == "peak_allocated_bytes"}
+
+    def column(
+        title: str, show: Callable[[Measurement], str], drop: int = 0, *, number: bool = True
+    ) -> Column:
+        return Column(title=title, cells=tuple(map(show, runs)), drop=drop, is_number=number)
+
+    def figure(name: str) -> Callable[[Measurement], str]:
+        return lambda run: _shown(name, getattr(run.measured, name)) if run.outcome == "ok" else "-"
+
+    columns = [
+        column("setup", lambda run: describe(run.setup, differences), number=False),
+        column("outcome", lambda run: run.outcome + (", doubtful" if run.warnings else ""), number=False),
+        column("step", figure("step_s"), 2),
+        column("tokens/s", figure("tokens_per_s")),
+        column("peak", figure("peak_allocated_bytes")),
+        column("error", lambda run: _error(peaks.get(run.id)), 1),
+    ]
+    return format_table(columns, width)
 
 
 def _predicted(quantity: str, rows: Mapping[str, PredictionRow]) -> str:
     row = rows.get(quantity)
-    return "-" if row is None else _QUANTITIES[quantity][1](row.predicted)
+    return _shown(quantity, None if row is None else row.predicted)
 
 
 def _error(row: PredictionRow | None) -> str:
@@ -91,7 +162,8 @@ def format_predictions(rows: Sequence[PredictionRow], width: int | None = None) 
         blank_repeats(column("run", lambda r: printable(r.id[:8]), 4)),
         column("model", lambda r: printable(r.model.rpartition("/")[2]), 1),
         column("method", lambda r: r.method, 2),
-        column("GPU", lambda r: printable(r.gpu), 3),
+        column("GPU", lambda r: printable(r.gpu), 4),
+        column("batch", lambda r: printable(r.batch), 3),
         column("quantity", lambda r: _QUANTITIES[r.quantity][0]),
         column("predicted", lambda r: _QUANTITIES[r.quantity][1](r.predicted), number=True),
         column("measured", lambda r: _QUANTITIES[r.quantity][1](r.measured), number=True),
@@ -148,32 +220,6 @@ def format_verification(found: Verification, width: int | None = None) -> str:
         notes.append(f"The record, to share: {found.record_path}")
     body = [format_table(columns, width)] if rows else []
     return "\n".join([*body, *(wrap(note, width, rest="  ") for note in notes)])
-
-
-def format_comparison(found: Comparison, width: int | None = None) -> str:
-    """B against A."""
-    facts = [("setup", printable(found.label))] if found.label else []
-    facts.append(("step time, B / A", _ratio(found.step)))
-    if found.cpu_step is not None:
-        facts.append(("CPU seconds per step, B / A", _ratio(found.cpu_step)))
-    if found.peak_allocated_ratio is not None:
-        facts.append(("peak of live tensors, B / A", f"{found.peak_allocated_ratio:.3f}"))
-    facts.append(("runs", f"{found.num_runs_a} and {found.num_runs_b}; intervals over each {found.unit}"))
-    facts.append(("same machine", _known(found.is_same_machine)))
-    facts.append(("same versions", _known(found.is_same_versions)))
-    facts += [(f"differs: {name}", f"{a} -> {b}") for name, (a, b) in found.setup_differences.items()]
-    facts += [(f"differs: {name}", f"{a} -> {b}") for name, (a, b) in found.version_differences.items()]
-    verdict = "the step times differ" if found.is_significant else "no difference that chance can't explain"
-    notes = [wrap(f"note: {note}", width, rest="  ") for note in found.warnings]
-    return "\n".join([paint(verdict, "strong"), format_facts(facts, width), *notes])
-
-
-def _ratio(ratio: Ratio) -> str:
-    return f"{ratio.ratio:.3f} ({ratio.low_ratio:.3f} to {ratio.high_ratio:.3f}, p = {ratio.p_value:.2g})"
-
-
-def _known(value: bool | None) -> str:
-    return "unknown" if value is None else "yes" if value else "no"
 
 
 def format_summary(summary: Mapping[str, Any], folder: str, width: int | None = None) -> str:

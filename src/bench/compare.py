@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from bench.labels import describe, describe_rest, differing
 from bench.stats import Ratio, median_ratio
 from bench.store import Measurement
 from bench.terms import is_number, table_of
@@ -33,11 +34,12 @@ GATED = ("step_s", "cpu_step_s", "tokens_per_s", "energy_per_step_j", "eval_s", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictionRow:
-    """One quantity of one run; `relative_error` is predicted / measured - 1."""
+    """One quantity of one run; `relative_error` is predicted / measured - 1. `batch`: with what else tells setups apart."""
 
     id: str
     model: str
     method: str
+    batch: str
     gpu: str
     device: str
     quantity: str
@@ -88,10 +90,12 @@ class Comparison:
 
 def predicted_vs_measured(results: Iterable[Measurement]) -> list[PredictionRow]:
     """One row for each quantity that a successful run predicted and measured, in the results' order."""
-    return [row for result in results if result.outcome == "ok" for row in _rows(result)]
+    kept = [result for result in results if result.outcome == "ok"]
+    differences = differing(result.setup for result in kept)
+    return [row for result in kept for row in _rows(result, differences)]
 
 
-def _rows(result: Measurement) -> list[PredictionRow]:
+def _rows(result: Measurement, differences: Sequence[str]) -> list[PredictionRow]:
     rows = []
     for quantity, part in QUANTITIES:
         measured = getattr(result.measured, quantity)
@@ -103,6 +107,12 @@ def _rows(result: Measurement) -> list[PredictionRow]:
                 id=result.id,
                 model=result.setup.model_label,
                 method=result.setup.method,
+                batch=", ".join(
+                    [
+                        f"{result.setup.micro_batch_size} x {result.setup.seq_len}",
+                        *describe_rest(result.setup, differences),
+                    ]
+                ),
                 gpu=result.gpu,
                 device=result.device,
                 quantity=quantity,
@@ -112,6 +122,13 @@ def _rows(result: Measurement) -> list[PredictionRow]:
             )
         )
     return rows
+
+
+def traced_quantities(run: Measurement) -> dict[str, float]:
+    """What the trace that a record carries said of QUANTITIES; empty where there is none."""
+    traced = table_of(run.predicted, "traced")
+    found = {name: table_of(traced, part).get(name) for name, part in QUANTITIES}
+    return {name: value for name, value in found.items() if is_number(value)}
 
 
 def compare_files(a: Sequence[Measurement], b: Sequence[Measurement]) -> tuple[list[Comparison], list[str]]:
@@ -125,14 +142,16 @@ def compare_files(a: Sequence[Measurement], b: Sequence[Measurement]) -> tuple[l
     shared = [key for key in by_setup[0] if key in by_setup[1]]
     if not shared:
         raise UsageError("A and B share no setup, and one of them holds several: nothing to compare")
+    differences = differing(runs[0].setup for setups in by_setup for runs in setups.values())
     lonely = [
-        f"only {side} has {_describe(runs[0])}"
+        f"only {side} has {describe(runs[0].setup, differences)}"
         for side, setups in zip("AB", by_setup, strict=True)
         for key, runs in setups.items()
         if key not in shared
     ]
     return [
-        compare(by_setup[0][key], by_setup[1][key], label=_describe(by_setup[0][key][0])) for key in shared
+        compare(by_setup[0][key], by_setup[1][key], label=describe(by_setup[0][key][0].setup, differences))
+        for key in shared
     ], lonely
 
 
@@ -141,11 +160,6 @@ def _by_setup(runs: Iterable[Measurement]) -> dict[str, list[Measurement]]:
     for run in runs:
         found.setdefault(run.setup_id, []).append(run)
     return found
-
-
-def _describe(run: Measurement) -> str:
-    setup = run.setup
-    return f"{setup.method} of {setup.model_label}, {setup.micro_batch_size} x {setup.seq_len}, setup {run.setup_id}"
 
 
 def compare(a: Sequence[Measurement], b: Sequence[Measurement], *, label: str = "") -> Comparison:
@@ -250,6 +264,10 @@ def _warnings(a: Sequence[Measurement], b: Sequence[Measurement], is_by_run: boo
         )
     if {run.device for run in a} != {run.device for run in b}:
         found.append("the runs used different devices")
+    if _is_same_machine([*a, *b]) is False:
+        found.append(
+            f"A ran on {_name(a[0])}, B on {_name(b[0])}: ratios compare machines as well as what was changed"
+        )
     for side, runs in (("A", a), ("B", b)):
         if len({str(run.setup) for run in runs}) > 1:
             found.append(f"{side} mixes different setups")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from planner.render import display_width, paint
+from planner.render import display_width, paint, wrap
 from planner.units import format_bytes
 
 MAX_WIDTH = 100
@@ -99,8 +99,12 @@ def format_area(
     )
     scale = {0: format_bytes(top), HEIGHT - 1: format_bytes(0)}
     lines = [f"{scale.get(i, ''):>{axis}} {row.rstrip()}" for i, row in enumerate(rows)]
-    names = "".join(_centred(name, len(column)) for (name, _), column in zip(kept, columns, strict=True))
-    return "\n".join([*lines, f"{' ' * axis} {names.rstrip()}"])
+    widths = [(name, len(column)) for (name, _), column in zip(kept, columns, strict=True)]
+    names = "".join(_cut(name, cells).center(cells) for name, cells in widths)
+    cut = [f"{_cut(name, cells)}: {name}" for name, cells in widths if _cut(name, cells) != name]
+    indent = " " * (axis + 1)
+    key = [wrap(f"{indent}{', '.join(dict.fromkeys(cut))}", width, rest=indent)] if cut else []
+    return "\n".join([*lines, f"{' ' * axis} {names.rstrip()}", *key])
 
 
 def _shares(stretches: Sequence[tuple[str, Sequence[int]]], cells: int) -> list[int]:
@@ -127,7 +131,6 @@ def _rows(columns: Sequence[int], top: int, limit_bytes: int | None) -> Iterator
         yield "".join(blocks[cell] if cell else blank for cell in cells)
 
 
-def _centred(name: str, cells: int) -> str:
-    """A phase's name under its columns, cut where they are few."""
-    shown = name if len(name) < cells else name[: max(0, cells - 1)]
-    return shown.center(cells)
+def _cut(name: str, cells: int) -> str:
+    """A phase's name as far as it fits under its columns, with a gap to the next one; at least its first letter."""
+    return name if len(name) < cells else name[: max(1, cells - 1)]

@@ -37,6 +37,17 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes / MIB:.0f} MiB"
 
 
+def format_bytes_finely(num_bytes: float) -> str:
+    """Bytes where a prediction's error should show: GiB with two decimals, MiB with one below a GiB.
+
+    >>> format_bytes_finely(25 * 2**30), format_bytes_finely(3.25 * 2**20)
+    ('25.00 GiB', '3.2 MiB')
+    """
+    if abs(num_bytes) >= GIB:
+        return f"{num_bytes / GIB:.2f} GiB"
+    return f"{num_bytes / MIB:.1f} MiB"
+
+
 def format_count(count: float) -> str:
     """A large count as people read it.
 

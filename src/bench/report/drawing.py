@@ -97,6 +97,16 @@ def thinned(values: Sequence[float], most: int = MAX_POINTS) -> tuple[list[int],
     return places, [values[at] for at in places]
 
 
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the items, evenly, with the first and the last.
+
+    >>> spread("abcdefg", 3)
+    ['a', 'd', 'g']
+    """
+    last = len(items) - 1
+    return list(items) if last < most else [items[round(at * last / (most - 1))] for at in range(most)]
+
+
 def listed(values: Sequence[str], most: int = 12) -> str:
     """Values in words, the first ones where there are many."""
     shown = ", ".join(values[:most])

@@ -18,6 +18,7 @@ from bench.report.drawing import (
     legend_below,
     listed,
     short,
+    spread,
     thinned,
 )
 from bench.terms import is_number
@@ -234,9 +235,10 @@ def against_length(
     if len({(p.series, p.seq_len) for p in points}) < 2:
         return None
     values = [scale(p.value) for p in points if p.value is not None]
+    drawn = spread(list(series.items()), len(SERIES))
 
     def fill(axes: Axes) -> None:
-        for number, (name, found) in enumerate(list(series.items())[: len(SERIES)]):
+        for number, (name, found) in enumerate(drawn):
             ran = [p for p in found if p.value is not None]
             axes.plot(
                 [p.seq_len for p in ran],
@@ -246,24 +248,15 @@ def against_length(
                 markersize=4,
                 label=short(name),
             )
-        failed = [p.seq_len for p in points if p.value is None]
-        if failed:
-            axes.plot(
-                failed,
-                [0] * len(failed),
-                "x",
-                color=LIMIT,
-                label="out of memory",
-                clip_on=False,
-                markersize=7,
-            )
+        _mark_failed(axes, points)
         _limit(axes, usable_bytes, max(values, default=1.0), is_vertical=False)
         axes.set_ylim(0, None)
         lengths = sorted({p.seq_len for p in points})
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [str(length) for length in lengths], rotation=45 if len(lengths) > 6 else 0)
         axes.minorticks_off()
-        axes.set_xlabel("tokens per sequence")
+        left_out = f" ({len(drawn)} of {len(series)} curves are drawn)" if len(drawn) < len(series) else ""
+        axes.set_xlabel(f"tokens per sequence{left_out}")
         axes.set_ylabel(unit)
         legend_below(axes)
 
@@ -274,7 +267,18 @@ def against_length(
         )
         for name, found in series.items()
     ]
-    return draw(title, f"{title}, by length of the sequence. {listed(words, 7)}.", fill)
+    more = f"; and {len(words) - len(SERIES)} more curves" if len(words) > len(SERIES) else ""
+    return draw(
+        title, f"{title}, by length of the sequence. {'; '.join(spread(words, len(SERIES)))}{more}.", fill
+    )
+
+
+def _mark_failed(axes: Axes, points: Sequence[Point]) -> None:
+    """Crosses at the foot where memory ran out."""
+    failed = [p.seq_len for p in points if p.value is None]
+    if failed:
+        places = [0] * len(failed)
+        axes.plot(failed, places, "x", color=LIMIT, label="out of memory", clip_on=False, markersize=7)
 
 
 def steps_figure(title: str, unit: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> Figure | None:

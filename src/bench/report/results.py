@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import timeline
+from bench.labels import describe, describe_series, differing
 from bench.report.content import Block, Code, Notes, Report, Section, Table, section
 from bench.report.memory_figures import (
     Point,
@@ -99,7 +100,8 @@ def _answer(runs: Sequence[Measurement], best: Measurement) -> str:
     count = f" {outcomes['ok']} of {len(runs)} runs ended well{others}." if len(runs) > 1 else ""
     if best.outcome != "ok":
         return f"No: {best.outcome} in phase {clip(best.last_phase)}: {clip(best.error)}.{count}"
-    lead = "Yes" if _is_single(runs) else f"{label(best.setup)} is the fastest"
+    name = clip(describe(best.setup, differing(run.setup for run in runs)))
+    lead = "Yes" if _is_single(runs) else f"{name} is the fastest"
     measured = best.measured
     parts = (
         None if measured.step_s is None else f"{format_duration(measured.step_s)} a step",
@@ -240,15 +242,14 @@ def _speed_blocks(runs: Sequence[Measurement], best: Measurement) -> list[Block 
 
 def _points(runs: Sequence[Measurement], quantity: str) -> list[Point]:
     """One point per setup: the last run's value; the series is what differs beside the length."""
-    has_methods = len({run.setup.method for run in runs}) > 1
+    differences = differing(run.setup for run in runs)
     found: dict[str, Point] = {}
     for run in runs:
         setup, value = run.setup, getattr(run.measured, quantity)
         if run.outcome == "ok" and value is None:
             continue
-        prefix = f"{setup.method}, " if has_methods else ""
         found[run.setup_id] = Point(
-            series=f"{prefix}batch {setup.micro_batch_size}",
+            series=describe_series(setup, differences),
             seq_len=setup.seq_len,
             value=float(value) if run.outcome == "ok" else None,
         )
@@ -267,24 +268,25 @@ def _money(best: Measurement) -> list[Section]:
 
 def _runs_table(runs: Sequence[Measurement]) -> Table:
     shown = runs[-MAX_ROWS:]
+    differences = differing(run.setup for run in runs)
     left = len(runs) - len(shown)
     return Table(
         title="",
         columns=("setup", "outcome", "predicted", "measured", "error", "step", "tokens/s", "run"),
-        rows=tuple(_row(run) for run in shown),
+        rows=tuple(_row(run, differences) for run in shown),
         num_words=2,
         note=f"The last {len(shown)}; {left} earlier ones are in the results file." if left else "",
     )
 
 
-def _row(run: Measurement) -> tuple[str, ...]:
+def _row(run: Measurement, differences: Sequence[str]) -> tuple[str, ...]:
     measured = run.measured
     predicted = table_of(run.predicted, "memory").get("peak_allocated_bytes")
     peak = measured.peak_allocated_bytes
     error = predicted / peak - 1 if is_number(predicted) and peak else None
     outcome = run.outcome if run.outcome == "ok" else f"{run.outcome} in {clip(run.last_phase)}"
     return (
-        label(run.setup),
+        clip(describe(run.setup, differences)),
         f"{outcome}{', doubtful' if run.warnings else ''}",
         size(predicted if is_number(predicted) else None),
         size(peak),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.content import Block, Code, Facts, Notes, Report, Section, Table, section
+from bench.report.drawing import spread
 from bench.report.memory_figures import steps_figure
 from bench.report.money import money_blocks
 from bench.report.shared import (
@@ -228,7 +229,9 @@ def _money(plan: PlanFile, summary: Mapping[str, Any]) -> list[Section]:
 
 def _answers(summary: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[Block | None]:
     """Each prompt with its answers over the run."""
-    moments = _spread([(_moment(entry["step"]), _samples(entry.get("samples"))) for entry in entries])
+    moments = spread(
+        [(_moment(entry["step"]), _samples(entry.get("samples"))) for entry in entries], MAX_MOMENTS
+    )
     if not moments:
         moments = [(when, _samples(summary.get(f"sample_{when}"))) for when in ("before", "after")]
     prompts = zip(*(samples for _, samples in moments), strict=False)
@@ -254,14 +257,6 @@ def _moment(step: float) -> str:
 
 def _samples(values: Any) -> list[Mapping[str, Any]]:
     return [v for v in values if isinstance(v, Mapping)] if isinstance(values, list) else []
-
-
-def _spread(moments: list[Any]) -> list[Any]:
-    """At most MAX_MOMENTS, evenly, with the first and the last."""
-    last = len(moments) - 1
-    if last < MAX_MOMENTS:
-        return moments
-    return [moments[round(at * last / (MAX_MOMENTS - 1))] for at in range(MAX_MOMENTS)]
 
 
 def _reproduce(plan: PlanFile, summary: Mapping[str, Any]) -> list[Block | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from bench.labels import describe
 from bench.report.content import Code, Facts
 from bench.terms import is_number
 from planner.catalog import find_gpu
@@ -14,7 +15,7 @@ from planner.render import printable
 from planner.render_estimate import describe_batch, describe_method, describe_precision, describe_step
 from planner.setup import TrainSetup
 from planner.specs import GpuProfile, Machine
-from planner.units import format_bytes, gib
+from planner.units import format_bytes, format_bytes_finely
 
 MAX_TEXT = 240
 """Of one value; a report is for people."""
@@ -84,8 +85,7 @@ def setup_facts(setup: TrainSetup, gpu: str) -> Facts:
 
 def label(setup: TrainSetup) -> str:
     """A setup in a few words."""
-    accumulated = f" x {setup.grad_accum_steps}" if setup.grad_accum_steps > 1 else ""
-    return f"{setup.method} of {clip(setup.model_label)}, {setup.micro_batch_size}{accumulated} x {setup.seq_len} tokens"
+    return clip(describe(setup))
 
 
 def reproduce(setup: TrainSetup, gpu: str, command: str, versions: Any) -> list[Code]:
@@ -131,8 +131,8 @@ def percent(share: float | None) -> str:
 
 
 def size(num_bytes: float | None) -> str:
-    """GiB with two decimals, since a run's error shows there."""
-    return "" if num_bytes is None else f"{gib(num_bytes):.2f} GiB"
+    """Bytes in words; nothing where they aren't known."""
+    return "" if num_bytes is None else format_bytes_finely(num_bytes)
 
 
 def unique(lines: Iterable[str]) -> tuple[str, ...]:
