@@ -17,6 +17,9 @@ from tiny_llama import CONFIG, tiny_setup
 
 torch = pytest.importorskip("torch")
 
+from torch.nn import functional  # noqa: E402
+
+from bench import attention  # noqa: E402
 from bench.attention import check_isolation  # noqa: E402
 from bench.batching import micro_batch  # noqa: E402
 from bench.build import build_model  # noqa: E402
@@ -112,8 +115,98 @@ def test_models_with_other_layers_are_refused() -> None:
         build_model(tiny_setup(model=MISTRAL, padding_free=True, seq_len=512))
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "fits"),
+    [
+        ((64, 64), torch.bfloat16, True),
+        ((256, 256), torch.float16, True),
+        ((64, 64), torch.float32, False),
+        ((64, 32), torch.bfloat16, False),
+        ((20, 20), torch.bfloat16, False),
+        ((208, 208), torch.bfloat16, False),
+        ((512, 512), torch.bfloat16, False),
+    ],
+)
+def test_heads_that_flash_takes_for_all_documents_at_once(
+    shape: tuple[int, int], dtype: Any, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, value = (torch.zeros(1, 2, 3, width, dtype=dtype) for width in shape)
+    assert not attention.fits_flash(query, value)
+    monkeypatch.setattr(attention, "has_flash", lambda device: True)
+    assert attention.fits_flash(query, value) == fits
+
+
+def test_flash_is_given_the_documents_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in of the same arguments that takes document after document, the model's loss and gradients stay."""
+
+    def one_by_one(
+        query: Any,
+        key: Any,
+        value: Any,
+        starts: Any,
+        key_starts: Any,
+        longest: int,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        assert starts is key_starts
+        assert options.pop("window_size") == (-1, 0)
+        assert options.pop("enable_gqa", True)
+        lengths = starts.diff().tolist()
+        assert max(lengths) == longest == rest[0]
+        parts = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
+        answers = [
+            functional.scaled_dot_product_attention(
+                *(t.transpose(0, 1) for t in part), is_causal=True, enable_gqa=True, **options
+            )
+            for part in parts
+        ]
+        return torch.cat([answer.transpose(0, 1) for answer in answers])
+
+    setup = tiny_setup(padding_free=True, weights_dtype="bfloat16", adapter_dtype="bfloat16")
+    found = []
+    for has_flash in (False, True):
+        monkeypatch.setattr(attention, "has_flash", lambda device, has_flash=has_flash: has_flash)
+        monkeypatch.setattr(attention.varlen, "varlen_attn", one_by_one)
+        found.append(loss_and_gradients(setup))
+    for gathered, flash in zip(*found, strict=True):
+        assert torch.allclose(gathered, flash, rtol=0.05, atol=0.02)
+
+
+def loss_and_gradients(setup: TrainSetup) -> list[Any]:
+    model = build_model(setup)
+    step = TrainStep(setup, model, build_optimizer(setup, model))
+    rows = [[example] for example in examples(5, 30, 12)]
+    loss = step.micro_step(micro_batch(setup, rows, pad_id=0), 23)
+    return [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def test_joined_rows_under_autocast() -> None:
+    """Rotary embeddings leave float32 queries and keys beside narrow values."""
+    narrow = loss_and_gradients(tiny_setup(padding_free=True, autocast="bfloat16"))
+    for found, exact in zip(narrow, loss_and_gradients(tiny_setup(padding_free=True)), strict=True):
+        assert torch.allclose(found, exact, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("changes", [{"padding_free": True}, {"kernels": "fused"}])
+def test_a_model_without_sdpa_has_no_joined_rows(changes: dict[str, Any]) -> None:
+    """gpt-oss' sinks are in its eager softmax alone."""
+    config = {**CONFIG, "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "head_dim": 16}
+    with pytest.raises(SetupError, match="no sdpa"):
+        build_model(tiny_setup(model={**config, "num_local_experts": 2}, method="full", **changes))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"method": "full", "checkpointing": "none"}, {"attention": "flash"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "full", "checkpointing": "none"},
+        {"attention": "flash"},
+        {"autocast": "bfloat16", "weights_dtype": "float32"},
+        {"weights_dtype": "float32", "checkpointing": "none"},
+    ],
+)
 def test_the_closed_form_of_joined_rows_is_the_trace(changes: dict[str, Any]) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "vocab_size": 4000}
     model = {**CONFIG, **sizes}

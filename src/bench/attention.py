@@ -1,23 +1,27 @@
 """Attention of each document by itself, and a causal attention whose backward is fast on CPUs.
 
 transformers is given it under two names: one for rows that are joined, whose documents need no mask, and one for rows as
-they are, with torch's own (sdpa) where a mask says what to leave out.
+they are, with torch's own (sdpa) where a mask says what to leave out. Joined documents are one call of torch's flash
+attention over variable lengths where it takes them; elsewhere they are gathered by length, a call for each group.
 H: query heads, K: key heads, D: width of a head, L: length, N: tokens of the batch.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bench.documents import Documents, locate
 from planner.errors import SetupError
+from planner.own_kernels import takes_documents
 from planner.setup import TrainSetup
 
 DOCUMENTS, ROWS = "finefit_documents", "finefit_rows"
@@ -100,7 +104,10 @@ def attend(
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
+    query, key, value = _narrowed(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if documents is not None and not dropout and fits_flash(query, value):
+        return by_flash(query, key, value, documents, scale), None
     causal = functools.partial(_causal, scale=scale, dropout=dropout)
     if documents is None:
         return causal(query, key, value).transpose(1, 2).contiguous(), None
@@ -111,6 +118,48 @@ def attend(
     answers = [_flat(causal(*part)) for part in parts]
     answer = _Collect.apply(torch.cat(answers) if len(answers) > 1 else answers[0], places)
     return answer.view(rows, length, *answer.shape[1:]), None
+
+
+def _narrowed(*heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As autocast hands them to torch's own attention: rotary embeddings leave float32 queries and keys."""
+    kind = heads[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return heads
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in heads)
+
+
+def fits_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's flash attention over variable lengths takes such heads on their device."""
+    is_narrow = query.dtype in (torch.bfloat16, torch.float16)
+    return is_narrow and takes_documents(query.shape[-1], value.shape[-1]) and has_flash(query.device)
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether torch's flash attention runs there: on CUDA, from compute capability 8.0."""
+    return bool(
+        device.type == "cuda"
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def by_flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scale: float
+) -> torch.Tensor:
+    """One kernel for all documents, without copies of them: [B, L, H, D]."""
+    rows, _, length, _ = query.shape
+    starts, longest = documents.starts, documents.longest
+    heads = (_flat(t) for t in (query, key, value))
+    answer: torch.Tensor = varlen.varlen_attn(
+        *heads, starts, starts, longest, longest, scale=scale, window_size=_CAUSAL, **_GROUPED
+    )
+    return answer.view(rows, length, *answer.shape[1:])
+
+
+_CAUSAL = (-1, 0)
+"""All keys before a query, none behind it."""
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
+"""torch 2.11 takes heads that share a key without being told."""
 
 
 def _flat(heads: torch.Tensor) -> torch.Tensor:

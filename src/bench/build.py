@@ -134,7 +134,7 @@ def _base_model(
     is_untied: bool,
 ) -> nn.Module:
     auto_class = getattr(transformers, AUTO_CLASSES[setup.objective])
-    attention = _attention_name(setup, config, meta)
+    attention = _attention_name(setup, config, auto_class, meta)
     if meta and attention == ATTENTION["flash"]:
         attention = _without_flash(auto_class, config)
     options: dict[str, Any] = {
@@ -164,9 +164,13 @@ def _base_model(
     return model
 
 
-def _attention_name(setup: TrainSetup, config: Any, meta: bool) -> str:
-    """transformers' name of the setup's attention; finefit's own where rows are joined, or kernels are."""
-    if setup.attention != "sdpa" or not (setup.joins_rows or (setup.kernels == "fused" and not meta)):
+def _attention_name(setup: TrainSetup, config: Any, auto_class: Any, meta: bool) -> str:
+    """transformers' name of the setup's attention; finefit's own where rows are joined, or kernels are.
+
+    A model that transformers has no sdpa for (sinks in its softmax) has none of finefit's either.
+    """
+    is_own = setup.joins_rows or (setup.kernels == "fused" and not meta)
+    if setup.attention != "sdpa" or not is_own or not _supports_sdpa(auto_class, config):
         return ATTENTION[setup.attention]
     from bench.attention import register
 
@@ -190,8 +194,12 @@ def _match_checkpoint(setup: TrainSetup, model: Any, *, is_untied: bool) -> None
 
 def _without_flash(auto_class: Any, config: Any) -> str:
     """An attention in place of a flash kernel that isn't here."""
+    return "sdpa" if _supports_sdpa(auto_class, config) else "eager"
+
+
+def _supports_sdpa(auto_class: Any, config: Any) -> bool:
     model_class = auto_class._model_mapping.get(type(config), None)
-    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
+    return bool(getattr(model_class, "_supports_sdpa", True))
 
 
 _BUILD_ERRORS = (

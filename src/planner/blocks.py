@@ -189,7 +189,7 @@ class Block(Linears):
             is_single=recipe.is_single,
             reach=recipe.reach,
         )
-        kernel = by_document(kernel) if recipe.spreads else kernel
+        kernel = by_document(kernel, layer, recipe.held_rows) if recipe.spreads else kernel
         context = kernel(self.tape, query, key, value, layer, how)
         self.tape.hold(*given)
         return context

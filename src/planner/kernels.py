@@ -57,18 +57,20 @@ def sdpa_kernel(layer: LayerSpec, width: int, *, is_masked: bool, has_flash: boo
 
 
 def flash(tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision) -> Tensor:
-    """FlashAttention 2. Its backward holds a float32 query gradient, and key/value gradients for every head."""
-    heads = layer.num_heads
-    temp = FULL_WIDTH * heads * (_accumulated(layer.head_dim) + 1)
+    """FlashAttention 2."""
+    return saving_all(tape, (query, key, value), layer, flash_temp(layer, query.width))
+
+
+def flash_temp(layer: LayerSpec, width: int, held_rows: float = 1.0) -> Size:
+    """What its backward holds: a float32 query gradient and row sums, of `held_rows` for each token, and key/value
+    gradients for every head."""
+    heads, multiple = layer.num_heads, 32 if layer.head_dim <= 128 else 64
+    # the gradient's columns (csrc/flash_attn/flash_api.cpp, mha_bwd)
+    columns = -(-layer.head_dim // multiple) * multiple
+    temp = FULL_WIDTH * heads * (columns + 1) * held_rows
     if layer.num_kv_heads != heads:
-        temp += query.width * heads * (layer.head_dim + layer.value_head_dim)
-    return saving_all(tape, (query, key, value), layer, per_token(temp))
-
-
-def _accumulated(head_dim: int) -> int:
-    """Columns of the query gradient's accumulator (csrc/flash_attn/flash_api.cpp, mha_bwd)."""
-    multiple = 32 if head_dim <= 128 else 64
-    return -(-head_dim // multiple) * multiple
+        temp += width * heads * (layer.head_dim + layer.value_head_dim)
+    return per_token(temp)
 
 
 def efficient(

@@ -53,7 +53,7 @@ class Recipe:
     `accumulates`: gradients are added to those of the micro-batch before. `is_single`: the micro-batch is one row; `flattens`: flash attention is given its documents one after the other, in
     copies (modeling_flash_attention_utils.py, _prepare_from_posids); `spreads`: torch's attention is given each document in a
     row of its own, in copies (bench.attention). `reach`: keys and values over a row's tokens, more
-    than 1 where learned ones stand ahead of them.
+    than 1 where learned ones stand ahead of them. `held_rows`: rows that flash's backward holds over those tokens.
     """
 
     weight: int
@@ -88,6 +88,7 @@ class Recipe:
     flattens: bool = False
     spreads: bool = False
     reach: float = 1.0
+    held_rows: float = 1.0
 
 
 class Linears:

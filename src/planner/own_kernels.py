@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from planner.kernels import Kernel, Precision, saving_all
+import functools
+
+from planner.kernels import MAX_FLASH_HEAD_DIM, Kernel, Precision, flash, flash_temp, saving_all
 from planner.specs import LayerSpec
 from planner.tape import ZERO, Tape, Tensor, per_token
+
+FLASH_BLOCK = 128
+"""Rows that flash's backward over variable lengths holds beside each document's (flash_api.cpp, mha_varlen_bwd)."""
+
+
+def takes_documents(head_dim: int, value_head_dim: int) -> bool:
+    """Whether flash over variable lengths takes the heads: nobody pads them there, and some cards have no backward
+    for those between 192 and 224 (sdp_utils.cpp)."""
+    fits = head_dim <= 192 or 224 < head_dim <= MAX_FLASH_HEAD_DIM
+    return head_dim == value_head_dim and head_dim % 8 == 0 and fits
 
 
 def cpu_kernel(*, spreads: bool) -> Kernel:
@@ -24,8 +36,19 @@ def by_products(
     return saving_all(tape, (query, key, value), layer, ZERO, keeps=False)
 
 
-def by_document(kernel: Kernel) -> Kernel:
-    """A kernel that is given each document in a row of its own, in copies; what it gives is copied back."""
+def _documents_flash(
+    held_rows: float, tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision
+) -> Tensor:
+    return saving_all(tape, (query, key, value), layer, flash_temp(layer, query.width, held_rows))
+
+
+def by_document(kernel: Kernel, layer: LayerSpec, held_rows: float) -> Kernel:
+    """A kernel that is given each document in a row of its own, in copies; what it gives is copied back.
+
+    Flash takes the documents as they lie; its backward holds `held_rows` for each token.
+    """
+    if kernel is flash and takes_documents(layer.head_dim, layer.value_head_dim):
+        return functools.partial(_documents_flash, held_rows)
 
     def spread(
         tape: Tape, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, how: Precision

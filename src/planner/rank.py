@@ -15,6 +15,7 @@ from planner.layering import Layering, lay
 from planner.linears import Recipe
 from planner.lowering import block_recipe, keeps_embeddings, loss_bytes
 from planner.methods import find_method
+from planner.own_kernels import FLASH_BLOCK
 from planner.results import ALLOCATED_TERMS
 from planner.setup import TrainSetup
 from planner.shapes import Shape
@@ -86,7 +87,7 @@ class Run:
         self.recipe = block_recipe(setup, model, self._stack, on_gpu=on_gpu, has_flash=has_flash)
         self._heads: dict[LossBytes, BlockMemory] = {}
         self._head_recipe = _without_layers(self.recipe)
-        self._recipes: dict[tuple[bool, bool, float], Recipe] = {}
+        self._recipes: dict[tuple[bool, bool, float, float], Recipe] = {}
         self._ranks = setup.num_gpus
         self._workspace = workspace_bytes
         self.buffers = Buffers()
@@ -102,7 +103,7 @@ class Run:
         masked = self.masked(seq_len)
         eval_tokens = tokens if setup.eval_sequences is None else setup.eval_sequences * seq_len
         chunks = (self._loss_bytes(tokens, False), self._loss_bytes(eval_tokens, True))
-        return masked, tokens <= seq_len, chunks, self._reach(seq_len)
+        return masked, tokens <= seq_len, chunks, self._reach(seq_len), self._held_rows(seq_len)
 
     def layering(self, shape: Shape, *, evaluates: bool = False) -> Layering:
         """The layers' memory in rows of `seq_len` tokens: beyond a sliding window torch's attention needs a mask."""
@@ -116,11 +117,16 @@ class Run:
 
     def recipe_for(self, tokens: int, seq_len: int, *, evaluates: bool = False) -> Recipe:
         """The layers' recipe for a micro-batch of `tokens` in rows of `seq_len`."""
-        return self._recipe(evaluates and self._differs, tokens <= seq_len, self._reach(seq_len))
+        is_other = evaluates and self._differs
+        return self._recipe(is_other, tokens <= seq_len, self._reach(seq_len), self._held_rows(seq_len))
 
     def _reach(self, seq_len: int) -> float:
         """Keys and values of a row over its tokens."""
         return 1.0 + self.prefix_tokens / seq_len
+
+    def _held_rows(self, seq_len: int) -> float:
+        """Rows that flash's backward holds over a row's tokens, where each row is a document."""
+        return 1.0 + FLASH_BLOCK / seq_len if self.recipe.spreads and self.recipe.on_gpu else 1.0
 
     def cached(self, shape: Shape, num_done: int, *, evaluates: bool) -> Any:
         """Bytes of keys and values that a cache with learned ones holds beside a layer's, until the model's forward is done.
@@ -139,8 +145,8 @@ class Run:
             widths += share * layer.num_kv_heads * (layer.head_dim + layer.value_head_dim)
         return 1.0 * self.recipe.stream * widths * shape.tokens
 
-    def _recipe(self, evaluates: bool, is_single: bool, reach: float) -> Recipe:
-        asked = evaluates, is_single, reach
+    def _recipe(self, evaluates: bool, is_single: bool, reach: float, held_rows: float) -> Recipe:
+        asked = evaluates, is_single, reach, held_rows
         if asked not in self._recipes:
             joins = self.setup.joins_rows
             is_packed = joins or (self.setup.packing and not self.setup.stack)
@@ -151,6 +157,7 @@ class Run:
                 is_single=is_single,
                 flattens=is_single and is_packed,
                 reach=reach,
+                held_rows=held_rows,
             )
         return self._recipes[asked]
 

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from bench.build import inner_model
 from planner.errors import SetupError
+from planner.own_kernels import FLASH_BLOCK
 from planner.setup import TrainSetup
 from planner.stack import parse_stack, repeats_groups
 
@@ -189,6 +190,15 @@ def _packaged_flash(
     return out.transpose(1, 2)[..., :head_dim]
 
 
+def documents_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:
+    """torch.nn.attention.varlen.varlen_attn of [tokens, heads, head_dim]; `starts` [documents + 1]."""
+    rows = (t.transpose(0, 1)[None] for t in (query, key, value))
+    out: torch.Tensor = FlashAttention.apply(*rows, len(starts) - 1)
+    return out[0].transpose(0, 1)
+
+
 def _as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A bool mask becomes an additive one (attention.cpp, convert_boolean_attn_mask)."""
     if mask.dtype != torch.bool:
@@ -206,24 +216,27 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
     """FlashAttention 2's storages, of torch's kernel and of the flash-attn package (csrc/flash_attn/flash_api.cpp).
 
     Saved: query, key, value, the output and a float32 log-sum-exp [batch, heads, tokens]. The output is laid out
-    [batch, tokens, heads, head_dim].
+    [batch, tokens, heads, head_dim]. `num_documents` of variable lengths may be one row.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_documents: int = 0
+    ) -> torch.Tensor:
         """All [batch, heads, tokens, head_dim]."""
         batch, heads, tokens, head_dim = query.shape
+        ctx.rows = tokens + FLASH_BLOCK * num_documents if num_documents else round_up(tokens, FLASH_BLOCK)
         out = torch.empty((batch, tokens, heads, head_dim), dtype=query.dtype).transpose(1, 2)
         logsumexp = torch.empty((batch, heads, tokens), dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, logsumexp)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """While it runs: the row sums, a float32 accumulator of dq, and unreduced dk and dv for grouped heads."""
         query, key, value, _, _ = ctx.saved_tensors
-        batch, heads, tokens, head_dim = query.shape
-        rows = round_up(tokens, 128)
+        batch, heads, _, head_dim = query.shape
+        rows = ctx.rows
         columns = round_up(head_dim, 32 if head_dim <= 128 else 64)
         d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))
         held = [
@@ -233,7 +246,7 @@ class FlashAttention(torch.autograd.Function):  # type: ignore[misc]
         if key.shape[1] != heads:
             held += [torch.empty((batch, key.shape[2], heads, head_dim), dtype=key.dtype) for _ in range(2)]
         del held
-        return d_query, d_key, d_value
+        return d_query, d_key, d_value, None
 
 
 class EfficientAttention(torch.autograd.Function):  # type: ignore[misc]

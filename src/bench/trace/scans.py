@@ -14,10 +14,11 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.nn.attention import varlen
 
 import bench.attention
 from bench.build import inner_model
-from bench.trace.attention import flash_attention
+from bench.trace.attention import documents_attention, flash_attention
 from bench.trace.caches import shaped_caches
 from bench.trace.kernels import fused_kernels
 from bench.trace.mamba import (
@@ -50,13 +51,19 @@ def device_kernels(setup: TrainSetup, model: nn.Module, on_gpu: bool) -> Iterato
         stack.enter_context(shaped_caches())
         if on_gpu:
             stack.enter_context(scan_kernels(model))
-            # fake tensors say that they are the CPU's
-            stack.enter_context(mock.patch.object(bench.attention, "has_slow_backward", _never))
+            stack.enter_context(_cuda_documents())
         yield
 
 
-def _never(query: torch.Tensor) -> bool:
-    return False
+@contextmanager
+def _cuda_documents() -> Iterator[None]:
+    """Fake tensors say that they are the CPU's."""
+    own = {"has_slow_backward": lambda query: False, "has_flash": lambda device: True}
+    with ExitStack() as stack:
+        for name, answer in own.items():
+            stack.enter_context(mock.patch.object(bench.attention, name, answer))
+        stack.enter_context(mock.patch.object(varlen, "varlen_attn", documents_attention))
+        yield
 
 
 @contextmanager
