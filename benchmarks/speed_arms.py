@@ -8,17 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speed_data import (
-    BLOCK,
-    BLOCKS_PER_STEP,
-    LEARNING_RATE,
-    LONGEST,
-    MODEL,
-    ROWS_PER_STEP,
-    Clock,
-    Load,
-    held_out_loss,
-)
+from speed_data import LEARNING_RATE, Clock, Load, held_out_loss
 
 KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
@@ -143,19 +133,17 @@ VARIANTS: dict[str, Arm] = {
 CASES = {"natural": NATURAL, "blocks": BLOCKS, "variants": VARIANTS}
 
 
-def run_arm(arm: Arm, case: str, load: Load, started: float) -> dict[str, Any]:
+def run_arm(arm: Arm, load: Load, clock: Clock) -> dict[str, Any]:
     """Train; figures of the training, then the loss of the held-out rows."""
     from bench.quiet import quiet_libraries
 
     quiet_libraries()
-    clock = Clock(started=started)
-    rows_per_step = BLOCKS_PER_STEP if case == "blocks" else ROWS_PER_STEP
-    model = PROGRAMS[arm.program](arm, load, rows_per_step, clock)
+    model = PROGRAMS[arm.program](arm, load, clock)
     batches_per_step = arm.options.get("gradient_accumulation_steps", 1)
     return {**clock.figures(batches_per_step), "held_out_loss": held_out_loss(model, load.held_out)}
 
 
-def finefit(arm: Arm, load: Load, rows_per_step: int, clock: Clock) -> Any:
+def finefit(arm: Arm, load: Load, clock: Clock) -> Any:
     """finefit's own run loop, without its evaluations, and its checkpoints after the end."""
     from bench import run as run_module
     from bench.build import build_model
@@ -174,16 +162,21 @@ def finefit(arm: Arm, load: Load, rows_per_step: int, clock: Clock) -> Any:
             super()._take_step()
             clock.batch_tokens.append(self.state.num_tokens - sum(clock.batch_tokens))
             clock.mark()
+            self.num_steps = self.state.step if clock.is_over else self.num_steps
+
+        def _record(self, values: Any) -> None:
+            super()._record(values)
+            clock.losses.append(values["loss"])
 
         def _examine_if_due(self) -> None:
             """Nothing: the others don't either."""
 
-    setup = _setup(arm, load, rows_per_step)
+    setup = _setup(arm, load)
     with (
         tempfile.TemporaryDirectory() as folder,
         RunFolder(Path(folder) / "run", PlanFile(setup=setup)) as place,
     ):
-        model = build_model(setup, weights=local_model(MODEL))
+        model = build_model(setup, weights=local_model(load.model), device=load.device)
         tokenizer = load_tokenizer(setup)
         data = run_data(setup, load.train, pad_id=tokenizer.pad_token_id)
         TimedRun(
@@ -192,21 +185,21 @@ def finefit(arm: Arm, load: Load, rows_per_step: int, clock: Clock) -> Any:
             model,
             tokenizer,
             stop=StopFlag(),
-            options=RunOptions(progress=False, save_every_steps=load.num_steps + 1),
+            options=RunOptions(device=load.device, progress=False, save_every_steps=load.num_steps + 1),
         ).execute()
     return model
 
 
-def _setup(arm: Arm, load: Load, rows_per_step: int) -> Any:
+def _setup(arm: Arm, load: Load) -> Any:
     from planner.setup import TrainSetup
 
     values = {
-        "model": MODEL,
+        "model": load.model,
         "eval_fraction": 0.0,
         "adapter_dtype": "bfloat16",
         "optimizer": "adamw-fused",
-        "micro_batch_size": rows_per_step,
-        "seq_len": max(LONGEST, BLOCK),
+        "micro_batch_size": load.rows_per_step,
+        "seq_len": load.seq_len,
         "checkpointing": "none",
         "loss": "chunked",
         "learning_rate": LEARNING_RATE,
@@ -217,7 +210,7 @@ def _setup(arm: Arm, load: Load, rows_per_step: int) -> Any:
     return TrainSetup(**{**values, **arm.options})
 
 
-def _lora_model(arm: Arm) -> Any:
+def _lora_model(arm: Arm, load: Load) -> Any:
     """The same adapters for all, in the weights' dtype; Hugging Face's trainers are given the wrapped model."""
     import peft
     import torch
@@ -227,16 +220,16 @@ def _lora_model(arm: Arm) -> Any:
 
     torch.manual_seed(42)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        local_model(MODEL), dtype=getattr(torch, arm.weights), attn_implementation=arm.attention
+        local_model(load.model), dtype=getattr(torch, arm.weights), attn_implementation=arm.attention
     )
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
-def _arguments(folder: str, rows_per_step: int, options: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(folder: str, load: Load, options: Mapping[str, Any]) -> dict[str, Any]:
     values = {
         "output_dir": folder,
-        "per_device_train_batch_size": rows_per_step,
+        "per_device_train_batch_size": load.rows_per_step,
         "num_train_epochs": 1,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
@@ -246,7 +239,7 @@ def _arguments(folder: str, rows_per_step: int, options: Mapping[str, Any]) -> d
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": load.device == "cpu",
     }
     return {**values, **options}
 
@@ -255,8 +248,13 @@ def _marker(clock: Clock) -> Any:
     import transformers
 
     class Marker(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *args: Any, **options: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> Any:
             clock.mark()
+            control.should_training_stop = control.should_training_stop or clock.is_over
+            return control
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **options: Any) -> None:
+            clock.losses += [float(logs["loss"])] if "loss" in logs else []
 
     return Marker()
 
@@ -282,23 +280,23 @@ def _dataset(load: Load) -> Any:
     )
 
 
-def trainer(arm: Arm, load: Load, rows_per_step: int, clock: Clock) -> Any:
+def trainer(arm: Arm, load: Load, clock: Clock) -> Any:
     """Hugging Face's Trainer."""
     import transformers
 
     from bench.weights import load_tokenizer
     from planner.setup import TrainSetup
 
-    tokenizer = load_tokenizer(TrainSetup(model=MODEL))
+    tokenizer = load_tokenizer(TrainSetup(model=load.model))
     options = dict(arm.options)
     collator: Any = transformers.DataCollatorForSeq2Seq(tokenizer)
     if options.pop("flattens", False):
         collator = transformers.DataCollatorWithFlattening()
-    model = _lora_model(arm)
+    model = _lora_model(arm, load)
     with tempfile.TemporaryDirectory() as folder:
         run = transformers.Trainer(
             model=model,
-            args=transformers.TrainingArguments(**_arguments(folder, rows_per_step, options)),
+            args=transformers.TrainingArguments(**_arguments(folder, load, options)),
             train_dataset=_dataset(load),
             data_collator=_counting(collator, clock),
             callbacks=[_marker(clock)],
@@ -307,20 +305,20 @@ def trainer(arm: Arm, load: Load, rows_per_step: int, clock: Clock) -> Any:
     return model
 
 
-def trl(arm: Arm, load: Load, rows_per_step: int, clock: Clock) -> Any:
+def trl(arm: Arm, load: Load, clock: Clock) -> Any:
     """TRL's SFTTrainer, given the same tokens and labels."""
     from trl import SFTConfig, SFTTrainer
 
     from bench.weights import load_tokenizer
     from planner.setup import TrainSetup
 
-    model = _lora_model(arm)
+    model = _lora_model(arm, load)
     with tempfile.TemporaryDirectory() as folder:
         run = SFTTrainer(
             model=model,
-            args=SFTConfig(**_arguments(folder, rows_per_step, arm.options)),
+            args=SFTConfig(**_arguments(folder, load, arm.options)),
             train_dataset=_dataset(load),
-            processing_class=load_tokenizer(TrainSetup(model=MODEL)),
+            processing_class=load_tokenizer(TrainSetup(model=load.model)),
             callbacks=[_marker(clock)],
         )
         run.data_collator = _counting(run.data_collator, clock)
@@ -328,7 +326,7 @@ def trl(arm: Arm, load: Load, rows_per_step: int, clock: Clock) -> Any:
     return model
 
 
-PROGRAMS: dict[str, Callable[[Arm, Load, int, Clock], Any]] = {
+PROGRAMS: dict[str, Callable[[Arm, Load, Clock], Any]] = {
     "finefit": finefit,
     "trainer": trainer,
     "trl": trl,

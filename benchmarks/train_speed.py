@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from speed_arms import CASES, run_arm
-from speed_data import load_of
+from speed_children import run_child, turns
+from speed_data import Clock, load_of
 from speed_report import check, format_report, summarise
 
 QUICK = ("finefit", "trainer-tuned", "trl-tuned")
@@ -34,7 +33,8 @@ def main() -> None:
     if options.child:
         case, name = options.child
         load = load_of("blocks" if case == "blocks" else "natural", options.steps)
-        print(json.dumps(run_arm(CASES[case][name], case, load, float(os.environ["SPEED_STARTED"]))))
+        clock = Clock(started=float(os.environ["SPEED_STARTED"]))
+        print(json.dumps(run_arm(CASES[case][name], load, clock)))
         return
     results = {case: run_case(case, options) for case in options.case}
     summary = summarise(results, options.report)
@@ -69,28 +69,24 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_case(case: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Forwards, then backwards, so that a machine that slows down slows down all."""
+    """Its programs' figures, in turns."""
     names = [name for name in CASES[case] if not options.only or name in options.only]
-    turns = [name for n in range(options.repetitions) for name in (names if n % 2 == 0 else names[::-1])]
-    return [run_child(case, name, options.steps) for name in turns]
-
-
-def run_child(case: str, name: str, num_steps: int) -> dict[str, Any]:
-    """One program's figures; what it says of a failure where it fails."""
-    arm = CASES[case][name]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **arm.environment}
-    environment |= {"HF_HUB_OFFLINE": "1", "SPEED_STARTED": str(time.time())}
-    command = [sys.executable, __file__, "--child", case, name, "--steps", str(num_steps)]
-    about = {"arm": name, "what": arm.what}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["killed"])[-1]
-        print(f"{case} {name}: {reason}", file=sys.stderr, flush=True)
-        return {**about, "failure": reason}
-    found = json.loads(done.stdout.splitlines()[-1])
-    rate = found["tokens"] / found["cpu_s"]
-    print(f"{case} {name}: {rate:.0f} tokens per CPU-second", file=sys.stderr, flush=True)
-    return {**about, **found}
+    return [
+        run_child(
+            __file__,
+            case,
+            name,
+            ["--steps", str(options.steps)],
+            about={"arm": name, "what": CASES[case][name].what},
+            environment={
+                "OMP_NUM_THREADS": "1",
+                "OMP_WAIT_POLICY": "passive",
+                **CASES[case][name].environment,
+            },
+            say=lambda found: f"{found['tokens'] / found['cpu_s']:.0f} tokens per CPU-second",
+        )
+        for name in turns(names, options.repetitions)
+    ]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.tiny_llama import CONFIG, count_trained, random_batch, tiny_setup
 
 from planner.errors import SetupError
+from tiny_llama import CONFIG, count_trained, random_batch, tiny_setup
 
 torch = pytest.importorskip("torch")
 
