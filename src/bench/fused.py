@@ -192,7 +192,11 @@ def _is_norm(module: Any) -> bool:
         return False
     x = torch.linspace(-3, 5, 4 * weight.numel(), dtype=weight.dtype, device=weight.device).view(4, -1)
     with torch.no_grad():
-        return bool(torch.equal(type(module).forward(module, x), _norm_forward(module)(x)))
+        return bool(
+            torch.equal(
+                type(module).forward(module, x), RootMeanSquareNorm.apply(x, weight, _epsilon(module))
+            )
+        )
 
 
 def _epsilon(module: Any) -> float | None:
@@ -204,7 +208,11 @@ def _norm_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     epsilon = _epsilon(module)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = RootMeanSquareNorm.apply(x, module.weight, epsilon)
+        weight = module.weight
+        if x.is_cuda and x.dtype == weight.dtype:
+            # torch's own is one kernel there each way; it rounds after the weight, not before it too
+            return functional.rms_norm(x, weight.shape, weight, epsilon)
+        found: torch.Tensor = RootMeanSquareNorm.apply(x, weight, epsilon)
         return found
 
     return forward
