@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -364,6 +365,16 @@ class TestRealRuns:
         assert terms["weights"] + terms["adapters"] == pytest.approx(measured.phases["load"], rel=0.02)
         assert measured.eval_s > 0 and measured.save_s > 0 and measured.first_step_s > 0
         assert record.watched["rss_bytes"] and record.protocol["ended_by"] == "steps"
+
+    @pytest.mark.skipif(
+        platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told to keep memory"
+    )
+    def test_freed_memory_stays_with_the_process_as_it_does_in_a_run(self):
+        """Logits of 64 MiB are larger than what malloc keeps when nobody asks it to."""
+        setup = SETUP.with_(model={**TINY, "vocab_size": 4096}, seq_len=512, micro_batch_size=8)
+        record = measure(setup, protocol=StepProtocol.of(warmup=2, steps=2), device="cpu", timeout_s=240)
+        assert record.outcome == "ok", record.stderr_tail
+        assert 64 * 2**20 < record.measured.freed_bytes < record.measured.device_used_bytes
 
     def test_data_of_the_plan_counts_real_tokens_only(self, tmp_path):
         pytest.importorskip("tokenizers")

@@ -99,6 +99,7 @@ def _step_facts(run: Measurement) -> list[tuple[str, str]]:
                 ("first step", found.first_step_s, format_duration),
                 ("one evaluation batch", found.eval_s, format_duration),
                 ("one checkpoint", found.save_s, format_duration),
+                ("freed, but kept by malloc", found.freed_bytes, format_bytes_finely),
                 ("energy per step", found.energy_per_step_j, lambda joules: f"{joules:.3g} J"),
             )
         ),

@@ -13,6 +13,7 @@ import torch
 
 from bench.hardware import stack_versions
 from bench.host import read_cpu, read_memory
+from bench.host_memory import keep_freed_memory
 from bench.machine import cpu_machine, local_machine
 from bench.rates import Progress, Reading, measure_rates
 from planner import __version__
@@ -67,6 +68,7 @@ def measure_and_keep(device: str | None, *, keep: bool, progress: Progress) -> M
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     machine = cpu_machine(read_cpu(), read_memory()) if kind == "cpu" else local_machine()
+    keep_freed_memory()  # as a run does, whose steps these rates are for
     rates, readings = measure_rates(torch.device(kind), progress)
     path = machine_file(machine.gpu)
     found = MachineRates(

@@ -50,7 +50,7 @@ class Measured:
 
     `peak_allocated_bytes`: live tensors, by torch.cuda or counted on the CPU. `peak_reserved_bytes`: the caching
     allocator (CUDA only). `device_used_bytes`: the process on the card by NVML; on the CPU its highest resident
-    set during the steps. `host_bytes`: the highest resident set of the whole run; `baseline_host_bytes`: after
+    set during the steps, of which `freed_bytes` are freed memory that the C library keeps for later steps. `host_bytes`: the highest resident set of the whole run; `baseline_host_bytes`: after
     the imports, before the model.
     `phases`: peak of allocated bytes by phase. `terms`: bytes of weights, adapters, gradients and optimizer state.
     `step_s` is the median step with its 95 % interval (`low_step_s` to `high_step_s`), percentiles and `step_spread`
@@ -61,6 +61,7 @@ class Measured:
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     device_used_bytes: int | None = None
+    freed_bytes: int | None = None
     host_bytes: int | None = None
     baseline_host_bytes: int | None = None
     phases: Mapping[str, int] = field(default_factory=dict)

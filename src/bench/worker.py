@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import timeline
-from bench.host import peak_rss_bytes, reset_peak_rss
+from bench.host import peak_rss_bytes, reset_peak_rss, rss_bytes
+from bench.host_memory import KeptMemory, keep_freed_memory, kept_bytes
 from bench.jobs import EVENTS_FILE, EventWriter, Job
 from bench.sample_rows import eval_examples, random_data, worst_batch
 from bench.timeline import StepLog
@@ -81,6 +82,7 @@ class Worker:
         self.job, self.setup, self.emit = job, job.setup, emit
         self.host_bytes = 0
         self.gradient_bytes: int | None = None
+        self.kept_memory = KeptMemory()
 
     def run(self) -> None:
         """All phases in order; the peaks so far are reported also when one of them fails."""
@@ -119,6 +121,8 @@ class Worker:
         from bench.rank_laws import check_one_process
 
         check_one_process(self.setup)
+        # As a run does: it decides both the time of a step on the CPU and what stays resident.
+        keep_freed_memory()
         self.device = torch.device(self.job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_runnable(self.setup, self.device)
         self.live = None if self.device.type == "cuda" else LiveTensors()
@@ -196,7 +200,7 @@ class Worker:
             measured.append(self.timed_step())
         resident_bytes = self.read_host_peak()
         if self.live is not None:
-            self.emit("memory", device_used_bytes=resident_bytes)
+            self.emit("memory", device_used_bytes=resident_bytes, freed_bytes=kept_bytes())
 
     def timed_step(self) -> float:
         """One optimizer step by the wall's and by the processors' clock, with nothing else inside; wall seconds."""
@@ -207,6 +211,9 @@ class Worker:
         self.synchronize()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         self.emit("step", wall_s=wall, cpu_s=cpu, num_tokens=batch.num_tokens, loss=float(result.loss))
+        resident_bytes, _ = rss_bytes(os.getpid())
+        if resident_bytes is not None:
+            self.kept_memory("step", {"rss_bytes": resident_bytes})
         self.check_parent()
         return wall
 

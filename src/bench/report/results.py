@@ -152,6 +152,7 @@ def _figures(best: Measurement) -> Table | None:
         ("peak of live tensors", measured.peak_allocated_bytes, size),
         ("peak reserved by torch", measured.peak_reserved_bytes, size),
         ("used on the device", measured.device_used_bytes, size),
+        ("of it freed, kept by the C library for later steps", measured.freed_bytes, size),
         ("highest resident set", measured.host_bytes, size),
     )
     shown = tuple((name, show(value)) for name, value, show in rows if value is not None)
