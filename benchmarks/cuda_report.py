@@ -142,7 +142,7 @@ def _method(about: Mapping[str, Any]) -> str:
 
 * The same rows, labels and adapters for all (fused AdamW, constant rate of 2e-4, gradients clipped at 1, the loss read at
   each step), {about["steps"]} steps of which the first {about["discarded"]} don't count; nothing is evaluated or saved while the clock runs.
-  A program that takes longer than 12 s is stopped early: its held-out loss is of fewer steps.
+  A program that takes longer than 8 s is stopped early: its held-out loss is of fewer steps.
 * Real tokens: padding doesn't count. Wall seconds from step to step, each after torch.cuda.synchronize().
 * Each child is a process of its own, one after the other. Peaks are those of torch's allocator in the whole process.
 * The first step's loss tells that all begin with the same weights: of random ones it is near ln(49,152) = 10.80 on any
