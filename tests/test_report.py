@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 from collections import Counter
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -184,6 +186,19 @@ def test_runs_that_differ_in_anything_are_told_apart(swept, sketched):
     assert "batch 1, rank 8, weights_dtype bfloat16: " in speed.alt and "2 more curves" in speed.alt
 
 
+def test_a_setup_that_was_measured_often_is_shown_by_its_median_run(swept, sketched):
+    speeds = (90.0, 300.0, 100.0, 110.0, 20.0)
+    runs = [
+        replace(swept[0], measured=replace(swept[0].measured, tokens_per_s=speed, step_s=64 / speed))
+        for speed in speeds
+    ]
+    rival = replace(swept[1], measured=replace(swept[1].measured, tokens_per_s=95.0, step_s=0.7))
+    report = results_report([*runs, rival], [], "r", "made")
+    assert "100 tokens/s" in report.answer and "measured 5 times" in report.answer
+    speed = next(section.blocks[0] for section in report.sections if section.title == "Speed")
+    assert "100 at 32" in speed.alt and "300" not in speed.alt
+
+
 def test_a_thousand_results_stay_a_small_page(swept):
     assert len(to_html(results_report(swept * 111, [], "r", "made"))) < 3_000_000
 
@@ -317,11 +332,35 @@ def test_a_run_is_reported_finished_or_not(tmp_path, monkeypatch, capsys, sketch
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROBE = """<script>addEventListener("load", () => {
-  const page = document.documentElement;
-  const wide = [...document.querySelectorAll("main > section > *, figure, h1, .answer")].filter(e => e.getBoundingClientRect().right > innerWidth + 1);
-  page.dataset.overflow = Math.max(page.scrollWidth - innerWidth, wide.length);
-  page.dataset.small = [...document.querySelectorAll("svg text")].filter(e => e.getBoundingClientRect().height < 6).length;
+  const page = document.documentElement, right = e => e.getBoundingClientRect().right;
+  const parts = [...document.querySelectorAll("main > section > *, figure, h1, .answer")];
+  parent.postMessage(JSON.stringify({
+    width: innerWidth,
+    overflow: Math.max(page.scrollWidth - innerWidth, parts.filter(e => right(e) > innerWidth + 1).length),
+    small: [...document.querySelectorAll("svg text")].filter(e => e.getBoundingClientRect().height < 6).length,
+  }), "*");
 })</script></body>"""
+FRAME = """<body style="margin:0"><script>onmessage = e => {{ document.body.dataset.seen = e.data }}</script>
+<iframe src="{page}" style="border:0;width:{width}px;height:{height}px"></iframe></body>"""
+HEIGHT = 4000
+
+
+def browse(folder: Path, page: Path, width: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """Chromium with the page in a frame of that width; its own window is never narrower than 500 pixels."""
+    frame = folder / "frame.html"
+    frame.write_text(FRAME.format(page=page.as_uri(), width=width, height=HEIGHT))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+    flags += ["--disable-background-networking", f"--user-data-dir={folder / 'profile'}"]
+    flags += [f"--window-size={max(width, 500)},{HEIGHT}", "--enable-logging=stderr"]
+    command = [str(CHROMIUM), *flags, *words, frame.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def artefacts(tmp_path: Path) -> Path:
+    """Where screenshots stay: the folder that FINEFIT_TEST_ARTEFACTS names, else the test's own."""
+    folder = Path(os.environ.get("FINEFIT_TEST_ARTEFACTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.mark.slow
@@ -329,29 +368,29 @@ PROBE = """<script>addEventListener("load", () => {
 @pytest.mark.parametrize("width", [360, 800, 1280])
 def test_a_browser_shows_it_without_errors_or_overflow(width, tmp_path, drawn):
     _, html = drawn
-    (tmp_path / "page.html").write_text(html)
-    (tmp_path / "probe.html").write_text(
-        re.sub(r"<meta http-equiv[^>]*>", "", html).replace("</body>", PROBE)
-    )
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", "--hide-scrollbars"]
-    common = [str(CHROMIUM), *flags, "--enable-logging=stderr"]
-    screenshot = tmp_path / f"report-{width}.png"
-    shown = subprocess.run(
-        [*common, f"--screenshot={screenshot}", (tmp_path / "page.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    page, probe = tmp_path / "page.html", tmp_path / "probe.html"
+    page.write_text(html)
+    probe.write_text(re.sub(r"<meta http-equiv[^>]*>", "", html).replace("</body>", PROBE))
+    screenshot = artefacts(tmp_path) / f"report-{width}.png"
+    shown = browse(tmp_path, page, width, f"--screenshot={screenshot}")
     assert screenshot.stat().st_size > 10_000 and "CONSOLE" not in shown.stderr
-    probed = subprocess.run(
-        [*common, "--dump-dom", (tmp_path / "probe.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
+    seen = unescape(browse(tmp_path, probe, width, "--virtual-time-budget=5000", "--dump-dom").stdout)
+    assert f'{{"width":{width},"overflow":0,"small":0}}' in seen
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_what_is_printed_holds_the_plan_that_the_screen_folds_away(tmp_path, drawn):
+    page, pdf = tmp_path / "page.html", tmp_path / "page.pdf"
+    text = drawn[1]
+    page.write_text(
+        re.sub(r"<section>.*</section>(?=\s*<section>\s*<h2>Reproduce)", "", text, flags=re.DOTALL)
     )
-    assert 'data-overflow="0"' in probed.stdout and 'data-small="0"' in probed.stdout
+    browse_flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    sizes = []
+    for html in (page.read_text(), page.read_text().replace("::details-content", "::nothing")):
+        page.write_text(html)
+        command = [str(CHROMIUM), *browse_flags, f"--print-to-pdf={pdf}", page.as_uri()]
+        subprocess.run(command, capture_output=True, timeout=120, check=True)
+        sizes.append(len(re.findall(rb"/Type */Page\b", pdf.read_bytes())))
+    assert sizes[0] > sizes[1]

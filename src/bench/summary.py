@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.environment import describe_environment
 from bench.metrics import memory_peaks
 from bench.run import Run
 
@@ -28,7 +29,7 @@ class RunSummary:
     `artifact_step` is the step whose weights the artifact has. `predicted` is what the plan said. `measured`: `step_s`
     (median) and `tokens_per_s` (real tokens over the same steps), peaks in bytes of the last session. Evaluations are
     {step, loss, perplexity, token_accuracy, num_trained_tokens, num_examples} or None without held-out data; samples
-    are [{prompt, expected, answer}].
+    are [{prompt, expected, answer}]. `environment`: processor, memory, system and finefit's commit, of the last session.
     """
 
     setup: Mapping[str, Any]
@@ -48,6 +49,7 @@ class RunSummary:
     measured: Mapping[str, Any]
     data: Mapping[str, Any]
     versions: Mapping[str, str]
+    environment: Mapping[str, Any]
     resumed_from: int | None = None
     notes: list[str] = field(default_factory=list)
     schema_version: int = 1
@@ -83,6 +85,7 @@ def summarise_run(run: Run, artifact: Path, artifact_step: int) -> RunSummary:
         measured={**_pace(steps), **_memory(run.device, steps)},
         data={"sha256": run.data.sha256, **run.data.facts},
         versions=stack_versions(),
+        environment=describe_environment(),
         resumed_from=run.position.resumed_from,
         notes=list(dict.fromkeys([*said, *run.folder.notes])),
     )

@@ -154,7 +154,7 @@ class Clock:
         if run is not None and self._found is not None:
             rates = self._found.rates
             self._timer = TimeModel(run, self._calibration.apply(rates) if self._calibration else rates)
-        self._missing = _missing(run, self._found, self._timer)
+        self._missing = _missing(run, self._found, self._timer, machine)
 
     def at(self, micro_batch_size: int, seq_len: int) -> Time | None:
         """One optimizer step with micro-batches of that shape; None where the time is unknown."""
@@ -210,12 +210,16 @@ def step_time(setup: TrainSetup, machine: Machine, model: ModelSpec) -> Time | N
     return Clock(setup, model, machine, memory).at(setup.micro_batch_size, setup.seq_len)
 
 
-def _missing(run: Run | None, found: Found | None, timer: TimeModel | None) -> str | None:
+def _missing(run: Run | None, found: Found | None, timer: TimeModel | None, machine: Machine) -> str | None:
     """Why there is no time; None where there is one."""
     if run is None:
         return "only traces know this architecture, and they say nothing of time"
     if found is None or timer is None:
-        return "the card's peaks are unknown"
+        return (
+            "no rates of this machine are known; `finefit machine` measures them"
+            if machine.is_local
+            else "the card's peaks are unknown"
+        )
     return f"nobody has published its {timer.unknown} rate" if timer.unknown else None
 
 

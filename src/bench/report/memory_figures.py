@@ -273,6 +273,15 @@ def against_length(
     )
 
 
+def _plain(value: float) -> str:
+    """Three digits, large numbers in full.
+
+    >>> _plain(15912.3), _plain(0.01234)
+    ('15,912', '0.0123')
+    """
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
 def _mark_failed(axes: Axes, points: Sequence[Point]) -> None:
     """Crosses at the foot where memory ran out."""
     failed = [p.seq_len for p in points if p.value is None]
@@ -307,6 +316,8 @@ def steps_figure(title: str, unit: str, series: Mapping[str, Sequence[tuple[floa
         legend_below(axes)
 
     words = [
-        f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g} ({unit})" for name, points in kept.items()
+        f"{name} from {_plain(points[0][1])} to {_plain(points[-1][1])}"
+        + ("" if unit in (name, title.lower()) else f" ({unit})")
+        for name, points in kept.items()
     ]
     return draw(title, f"{title} over optimizer steps: {'; '.join(words)}.", fill)

@@ -115,13 +115,24 @@ def _cheapest(offers: Sequence[Offer], what: str) -> Table | None:
     )
 
 
+def _own_is_unknown(table: CostTable) -> str:
+    """Why the own machine is in no picture, and what would put it there."""
+    run_s = table.own.run_s
+    if run_s is None:
+        return "Your own machine's cost is unknown, since its speed isn't known: finefit machine measures it."
+    return (
+        f"Your own machine takes {format_duration(run_s.middle)}; its cost is unknown, since its power isn't known: "
+        "finefit costs plan.yaml --box-watts W --tokens-per-second N takes what a meter at the wall and bench show."
+    )
+
+
 def _notes(table: CostTable, offers: Sequence[Offer], what: str) -> list[str]:
     lines = [f"Priced: {what}."]
     unknown = len(table.rows) - sum(not offer.is_own for offer in offers)
     if unknown:
         lines.append(f"{unknown} more offers can run it, but no time is known for their cards.")
     if not any(offer.is_own for offer in offers):
-        lines.append("Your own machine's cost is unknown: its power or its speed isn't known.")
+        lines.append(_own_is_unknown(table))
     return [
         *lines,
         f"Assumed: {'; '.join(table.assumptions)}. The command finefit costs has every offer with its date and source.",

@@ -69,7 +69,7 @@ def plan_report(
 
 
 def _answer(found: Estimate) -> str:
-    time = "how long it takes is not known yet" if found.time is None else describe_time(found.time)
+    time = "not known" if found.time is None else describe_time(found.time)
     given = "" if found.fit.usable_bytes is None else f" of {size(found.fit.usable_bytes)} that it can give"
     odds = (
         "" if found.fit.probability is None else f"; chance of running out: {_percent(found.fit.probability)}"

@@ -69,9 +69,38 @@ def results_report(runs: Sequence[Measurement], warnings: Sequence[str], name: s
 
 
 def headline(runs: Sequence[Measurement]) -> Measurement:
-    """The fastest run that ended well; the last one where none did."""
-    good = [run for run in runs if run.outcome == "ok"]
-    return max(good, key=lambda run: run.measured.tokens_per_s or 0) if good else runs[-1]
+    """Of the setup with the fastest median run, that run; the last one where none ended well.
+
+    The fastest run of all would be a lucky one where setups were measured several times.
+    """
+    found = [_middle(repeated) for repeated in _by_setup(runs).values()]
+    return max(found, key=_speed) if found else runs[-1]
+
+
+def _by_setup(runs: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+    """The runs that ended well, setup by setup."""
+    found: dict[str, list[Measurement]] = {}
+    for run in runs:
+        if run.outcome == "ok":
+            found.setdefault(run.setup_id, []).append(run)
+    return found
+
+
+def _middle(runs: Sequence[Measurement]) -> Measurement:
+    """The median run by speed; the slower one of two."""
+    return sorted(runs, key=_speed)[(len(runs) - 1) // 2]
+
+
+def _speed(run: Measurement) -> float:
+    return run.measured.tokens_per_s or 0.0
+
+
+def _repeats(runs: Sequence[Measurement], best: Measurement) -> str:
+    """How often the setup was measured and how far its runs are apart; nothing for a single run."""
+    steps = [run.measured.step_s for run in _by_setup(runs).get(best.setup_id, []) if run.measured.step_s]
+    if len(steps) < 2:
+        return ""
+    return f" It was measured {len(steps)} times; the slowest took {percent(max(steps) / min(steps) - 1)} longer than the fastest."
 
 
 def machine_doubts(runs: Sequence[Measurement]) -> list[str]:
@@ -110,7 +139,7 @@ def _answer(runs: Sequence[Measurement], best: Measurement) -> str:
         if measured.peak_allocated_bytes is None
         else f"{size(measured.peak_allocated_bytes)} of live tensors{_was_right(best)}",
     )
-    return f"{lead}: {', '.join(part for part in parts if part)}.{count}"
+    return f"{lead}: {', '.join(part for part in parts if part)}.{_repeats(runs, best)}{count}"
 
 
 def _is_single(runs: Sequence[Measurement]) -> bool:
@@ -242,19 +271,23 @@ def _speed_blocks(runs: Sequence[Measurement], best: Measurement) -> list[Block 
 
 
 def _points(runs: Sequence[Measurement], quantity: str) -> list[Point]:
-    """One point per setup: the last run's value; the series is what differs beside the length."""
+    """One point per setup, with the median run's value; the series is whatever differs beside the length."""
     differences = differing(run.setup for run in runs)
-    found: dict[str, Point] = {}
-    for run in runs:
-        setup, value = run.setup, getattr(run.measured, quantity)
+    good = {key: _middle(repeated) for key, repeated in _by_setup(runs).items()}
+    failed = {run.setup_id: run for run in runs if run.setup_id not in good}
+    points = []
+    for run in (*good.values(), *failed.values()):
+        value = getattr(run.measured, quantity)
         if run.outcome == "ok" and value is None:
             continue
-        found[run.setup_id] = Point(
-            series=describe_series(setup, differences),
-            seq_len=setup.seq_len,
-            value=float(value) if run.outcome == "ok" else None,
+        points.append(
+            Point(
+                series=describe_series(run.setup, differences),
+                seq_len=run.setup.seq_len,
+                value=float(value) if run.outcome == "ok" else None,
+            )
         )
-    return list(found.values())
+    return points
 
 
 def _money(best: Measurement) -> list[Section]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.report.content import Block, Code, Facts, Notes, Report, Section, Table, section
 from bench.report.drawing import spread
-from bench.report.memory_figures import steps_figure
+from bench.report.memory_figures import bars_figure, steps_figure
 from bench.report.money import money_blocks
 from bench.report.shared import (
     clip,
@@ -76,12 +76,20 @@ def run_report(folder: Path, made: str) -> Report:
             *section(
                 "Speed and memory", [_series(steps, "tokens_per_s", "Tokens per second"), _memory(steps)]
             ),
-            *section("Predicted beside measured", [_predictions(plan, summary)]),
+            *section("Predicted beside measured", [_predictions(plan, summary), *_expected(plan, summary)]),
             *_money(plan, summary),
             *section("Answers along the run", _answers(summary, entries.get("sample", []))),
             *section(
                 "Environment",
-                [environment_facts({"versions": summary.get("versions"), "gpu_name": summary.get("device")})],
+                [
+                    environment_facts(
+                        {
+                            **table_of(summary, "environment"),
+                            "versions": summary.get("versions"),
+                            "gpu_name": summary.get("device"),
+                        }
+                    )
+                ],
             ),
             *section("Reproduce", _reproduce(plan, summary)),
         ),
@@ -213,6 +221,22 @@ def _predictions(plan: PlanFile, summary: Mapping[str, Any]) -> Block | None:
         if rows
         else None
     )
+
+
+def _expected(plan: PlanFile, summary: Mapping[str, Any]) -> list[Block | None]:
+    """Where the memory was expected to go, against what the machine could give."""
+    predicted = table_of(summary, "predicted") or plan.predicted
+    limit = _figure(table_of(predicted, "fit"), "usable_bytes")
+    titles = (("phases", "Expected peak by phase"), ("terms", "Expected peak by term"))
+    return [
+        bars_figure(
+            title,
+            [(clip(name), float(value), None) for name, value in table.items() if is_number(value)],
+            limit,
+        )
+        for key, title in titles
+        if (table := table_of(predicted, "memory", key))
+    ]
 
 
 def _money(plan: PlanFile, summary: Mapping[str, Any]) -> list[Section]:

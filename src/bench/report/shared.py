@@ -35,21 +35,29 @@ _ENVIRONMENT = (
     ("commit", "commit", str),
     ("highest temperature", "max_temperature_c", lambda value: f"{value:.0f} °C"),
     ("mean power of the card", "mean_power_w", lambda value: f"{value:.0f} W"),
+    ("highest power of the card", "max_power_w", lambda value: f"{value:.0f} W"),
     ("lowest clock of the card", "min_clock_hz", lambda value: f"{value / 1e9:.2f} GHz"),
+    ("lowest clock of the processor", "min_cpu_clock_hz", lambda value: f"{value / 1e9:.2f} GHz"),
+    ("highest clock of the processor", "max_cpu_clock_hz", lambda value: f"{value / 1e9:.2f} GHz"),
+    ("throttled, the processor", "cpu_throttles", lambda value: f"{value:.0f} times"),
+    ("taken by the hypervisor", "steal_share", lambda value: f"{100 * value:.1f} %"),
+    ("pages read back from disk", "page_reads", lambda value: f"{value:.0f}"),
     ("others on the processors", "others_cpu_share", lambda value: f"{100 * value:.0f} %"),
     ("waited for a processor", "cpu_wait_share", lambda value: f"{100 * value:.0f} % of its time"),
 )
-_NUMBERS = frozenset(
-    [
-        "gpu_total_bytes",
-        "ram_bytes",
-        "max_temperature_c",
-        "mean_power_w",
-        "min_clock_hz",
-        "others_cpu_share",
-        "cpu_wait_share",
-    ]
+_TEXTS = (
+    "gpu_name",
+    "driver",
+    "cuda",
+    "cpu_model",
+    "num_cpus",
+    "num_threads",
+    "os",
+    "python",
+    "finefit",
+    "commit",
 )
+"""Shown whatever they are; the others only if they are numbers."""
 
 
 def clip(value: Any) -> str:
@@ -63,7 +71,7 @@ def environment_facts(environment: Mapping[str, Any]) -> Facts | None:
     pairs = [
         (name, clip(show(environment[key])))
         for name, key, show in _ENVIRONMENT
-        if environment.get(key) is not None and (key not in _NUMBERS or is_number(environment[key]))
+        if environment.get(key) is not None and (key in _TEXTS or is_number(environment[key]))
     ]
     versions = environment.get("versions")
     if isinstance(versions, Mapping) and versions:
@@ -89,15 +97,15 @@ def label(setup: TrainSetup) -> str:
 
 
 def reproduce(setup: TrainSetup, gpu: str, command: str, versions: Any) -> list[Code]:
-    """The plan to save, the packages to install, the command to type."""
+    """The packages to install, the plan to save, the command to type, in the order in which they are done."""
     plan = Code(title="Save as plan.yaml", text=format_plan(setup, gpu, {}), is_folded=True)
     command_block = Code(title="Then run", text=command)
     if not isinstance(versions, Mapping):
-        return [command_block, plan]
+        return [plan, command_block]
     names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     words = [f"{name}=={str(versions[name]).partition('+')[0]}" for name in names if name in versions]
     install = Code(title="With these versions", text=clip(f"pip install {' '.join(words)}"))
-    return [command_block, *([install] if words else []), plan]
+    return [*([install] if words else []), plan, command_block]
 
 
 def machine_of(gpu: str, environment: Mapping[str, Any], num_gpus: int) -> Machine:
