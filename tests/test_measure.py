@@ -384,7 +384,9 @@ class TestRealRuns:
         setup = SETUP.with_(data=str(data), objective="pretrain", tokenizer=str(word_tokenizer(tmp_path)))
         record = measure(setup, protocol=StepProtocol.of(warmup=2, steps=2), device="cpu", timeout_s=240)
         assert record.outcome == "ok", record.stderr_tail
-        assert all(0 < n < SETUP.tokens_per_micro_batch for n in record.samples.step_tokens)
+        samples = record.samples
+        assert all(0 < n < SETUP.tokens_per_micro_batch for n in samples.step_tokens)
+        assert all(0 < n < m for n, m in zip(samples.step_trained_tokens, samples.step_tokens, strict=True))
 
     def test_a_plan_that_cannot_run_is_a_record_with_one_line(self):
         record = measure(

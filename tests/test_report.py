@@ -150,6 +150,14 @@ def test_names_with_markup_are_shown_and_do_nothing(swept):
         {"predicted": {"memory": 5, "fit": [], "traced": {"timeline": "x"}, "time": {"step_s": "x"}}},
         {"watched": {"at_s": ["x"], "rss_bytes": [1]}},
         {"watched": {"rss_bytes": [1, None]}},
+        {
+            "watched": {
+                "at_s": [0, "x", 2],
+                "phase": [1, 2, 3],
+                "power_w": [5, 1, 7],
+                "cpu_busy_share": [0, 1, 1],
+            }
+        },
         {"environment": {"ram_bytes": "much", "versions": 3, "max_temperature_c": "hot", "gpu_name": ["x"]}},
         {"samples": Samples(step_wall_s=(0.0,) * 3, losses=(None,) * 3), "measured": Measured(step_s=0.0)},
         {"measured": Measured(peak_allocated_bytes=2**62, phases={"a": 2**62}, tokens_per_s=1e18)},

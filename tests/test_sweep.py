@@ -270,6 +270,16 @@ def test_steps_that_are_over_soon_are_watched_to_their_end(tmp_path):
     assert sampler.facts()["watched_s"] == pytest.approx(0.3) and "used 50%" in sampler.doubts()[0]
 
 
+def test_the_processors_load_is_told_from_look_to_look(tmp_path):
+    sampler = HostSampler(7, tmp_path)
+    shares = []
+    for busy, idle in ((0, 0), (300, 100), (300, 200), (500, 200)):
+        write(tmp_path, host_files(busy=busy, idle=idle))
+        shares.append(sampler.busy_share())
+    assert shares == [None, 0.75, 0.0, 1.0]
+    assert HostSampler(7, tmp_path / "nothing").busy_share() is None
+
+
 def test_everything_that_disturbs_is_named(tmp_path):
     clocks = "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
     throttles = "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"

@@ -19,6 +19,7 @@ from bench.extras import require_train_extra
 from planner.cli_options import SectionedCommand, Session, json_option
 from planner.render import Column, format_json, format_table, terminal_width
 from planner.results import SCHEMA_VERSION
+from planner.units import format_duration
 
 if TYPE_CHECKING:
     from bench.calibrate import HeldOut, Learnt
@@ -101,7 +102,7 @@ def _columns(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[Colum
 
 
 _CORRECTION_TITLES = ("term", "time times", "+-", "setups")
-_ROW_TITLES = ("setup", "measured s", "without", "held out")
+_ROW_TITLES = ("setup", "measured", "without", "held out")
 
 
 def _correction_cells(found: Learnt) -> Sequence[tuple[str, ...]]:
@@ -119,7 +120,10 @@ def _correction_cells(found: Learnt) -> Sequence[tuple[str, ...]]:
 
 
 def _row_cells(rows: Sequence[HeldOut]) -> Sequence[tuple[str, ...]]:
-    return [(row.label, f"{row.measured_s:.2f}", f"{row.before:+.1%}", f"{row.after:+.1%}") for row in rows]
+    return [
+        (row.label, format_duration(row.measured_s), f"{row.before:+.1%}", f"{row.after:+.1%}")
+        for row in rows
+    ]
 
 
 def _summary(found: Learnt) -> list[str]:
@@ -130,6 +134,8 @@ def _summary(found: Learnt) -> list[str]:
     ]
     if any(row.after != row.before for row in found.errors_by_model):
         lines.append(_errors("corrections from all other models", found.errors_by_model))
+    else:
+        lines.append("All setups are of one model: how the corrections do on other models is not known.")
     lines += [f"Left out: {count} that {reason}." for reason, count in found.left_out.items()]
     if not found.is_supported:
         lines.append("The corrections don't help on setups that they were not learnt from.")

@@ -96,6 +96,11 @@ def _step_facts(run: Measurement) -> list[tuple[str, str]]:
             (title, None if value is None else show(value))
             for title, value, show in (
                 ("CPU time per step", found.cpu_step_s, format_duration),
+                (
+                    "tokens that give a loss",
+                    found.trained_tokens_per_s,
+                    lambda rate: f"{rate:.0f} per second",
+                ),
                 ("first step", found.first_step_s, format_duration),
                 ("one evaluation batch", found.eval_s, format_duration),
                 ("one checkpoint", found.save_s, format_duration),

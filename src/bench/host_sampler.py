@@ -59,6 +59,7 @@ class HostSampler:
     clocks_hz: list[float] = field(default_factory=list)
     _due_s: float = 0.0
     _was_working: bool = False
+    _ticks: list[int] = field(default_factory=list)
 
     def look(self, *, is_working: bool) -> float | None:
         """Sample if it is time to, and once when the work has ended; the processors' mean clock in Hz where one was read now.
@@ -80,6 +81,15 @@ class HostSampler:
         if clock_hz is not None:
             self.clocks_hz.append(clock_hz)
         return clock_hz
+
+    def busy_share(self) -> float | None:
+        """Of all processors' time, by whomever, since this was asked last; None at first and where nothing tells."""
+        before, self._ticks = self._ticks, _cpu_ticks(self.root)
+        if not before or not self._ticks:
+            return None
+        passed = [now - then for now, then in zip(self._ticks, before, strict=False)][:8]
+        idle = passed[_IDLE] + passed[_IOWAIT] + passed[_STEAL]
+        return _share(sum(passed) - idle, sum(passed))
 
     def facts(self) -> dict[str, Any]:
         """What the record's environment says of the computer during the measured steps; None: unknown."""

@@ -146,6 +146,9 @@ class RunLog:
             step_wall_s=tuple(step["wall_s"] for step in self.steps),
             step_cpu_s=tuple(step["cpu_s"] for step in self.steps),
             step_tokens=tuple(step["num_tokens"] for step in self.steps),
+            step_trained_tokens=tuple(
+                step["num_trained_tokens"] for step in self.steps if "num_trained_tokens" in step
+            ),
             losses=tuple(step["loss"] for step in self.steps),
         )
 

@@ -125,6 +125,9 @@ def _with_times(report: RunReport) -> Measured:
         step_spread=wall.relative_spread,
         cpu_step_s=cpu.median_s,
         tokens_per_s=sum(samples.step_tokens) / total_s if total_s > 0 else None,
+        trained_tokens_per_s=sum(samples.step_trained_tokens) / total_s
+        if total_s > 0 and samples.step_trained_tokens
+        else None,
         energy_per_step_j=_energy_per_step(report, wall.median_s),
     )
 

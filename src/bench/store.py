@@ -35,12 +35,13 @@ MAX_DEPTH = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
-    """Raw figures of each step, in order. Tokens are real ones: padding does not count."""
+    """Raw figures of each step, in order. Tokens are real ones: padding does not count; trained ones give a loss."""
 
     warmup_wall_s: tuple[float, ...] = ()
     step_wall_s: tuple[float, ...] = ()
     step_cpu_s: tuple[float, ...] = ()
     step_tokens: tuple[int, ...] = ()
+    step_trained_tokens: tuple[int, ...] = ()
     losses: tuple[float | None, ...] = ()
 
 
@@ -74,6 +75,7 @@ class Measured:
     step_spread: float | None = None
     cpu_step_s: float | None = None
     tokens_per_s: float | None = None
+    trained_tokens_per_s: float | None = None
     first_step_s: float | None = None
     eval_s: float | None = None
     save_s: float | None = None

@@ -17,7 +17,7 @@ from bench.host_memory import kept_bytes
 from bench.host_sampler import HostSampler
 from bench.sampler import GpuSampler
 from planner.setup import TrainSetup
-from planner.units import format_bytes, format_duration
+from planner.units import format_bytes_finely, format_duration
 
 WARMUP_STEPS = 2
 """Steps in which memory is allocated and kernels are chosen."""
@@ -86,7 +86,7 @@ def _number(values: Mapping[str, Any], key: str) -> float | None:
 
 
 _SHOW: Mapping[str, tuple[str, Callable[[float], str]]] = {
-    "memory": ("memory", format_bytes),
+    "memory": ("memory", format_bytes_finely),
     "step": ("an optimizer step", format_duration),
 }
 
@@ -181,7 +181,7 @@ class Watch:
         kept = self.freed_bytes() or 0
         if kept < excess_bytes / 2:
             return []
-        return [f"{format_bytes(kept)} of it are freed, and kept for later steps by the C library"]
+        return [f"{format_bytes_finely(kept)} of it are freed, and kept for later steps by the C library"]
 
     def _disturbances(self) -> list[str]:
         found = [] if self.host is None else self.host.doubts()

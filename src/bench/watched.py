@@ -21,6 +21,7 @@ COLUMNS = (
     "clock_hz",
     "temperature_c",
     "cpu_clock_hz",
+    "cpu_busy_share",
     "num_other_processes",
 )
 """Of a record's `watched`: seconds since the start, the phase, then what was seen then (None: not to be seen)."""
@@ -55,6 +56,7 @@ class Watched:
             load.clock_hz if load else None,
             load.temperature_c if load else None,
             host.clocks_hz[-1] if host.clocks_hz else None,
+            host.busy_share(),
             card.num_others_now if card else None,
         )
         self.rows.append(row)

@@ -210,7 +210,14 @@ class Worker:
         result = self.step(batch.micro_batches, num_items=batch.num_items)
         self.synchronize()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        self.emit("step", wall_s=wall, cpu_s=cpu, num_tokens=batch.num_tokens, loss=float(result.loss))
+        self.emit(
+            "step",
+            wall_s=wall,
+            cpu_s=cpu,
+            num_tokens=batch.num_tokens,
+            num_trained_tokens=batch.num_trained_tokens,
+            loss=float(result.loss),
+        )
         resident_bytes, _ = rss_bytes(os.getpid())
         if resident_bytes is not None:
             self.kept_memory("step", {"rss_bytes": resident_bytes})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.report.content import Figure
 from bench.report.drawing import (
@@ -21,9 +21,8 @@ from bench.report.drawing import (
     spread,
     thinned,
 )
-from bench.terms import is_number
 from bench.timeline import Stretch
-from planner.units import format_bytes, gib
+from planner.units import format_bytes, format_bytes_finely, gib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,54 +159,7 @@ def _gib_label(usable_bytes: float | None) -> str:
 
 
 def _size(value: float | None) -> str:
-    return "unknown" if value is None else format_bytes(value)
-
-
-def watched_figure(watched: Mapping[str, Sequence[Any]]) -> Figure | None:
-    """The process' memory over the seconds of the run, phase by phase; None where it wasn't watched."""
-    at, phases = watched.get("at_s", ()), watched.get("phase", ())
-    columns = {"resident set": watched.get("rss_bytes", ()), "on the card": watched.get("device_bytes", ())}
-    known = {
-        name: values
-        for name, values in columns.items()
-        if any(map(is_number, values)) and len(values) == len(at) == len(phases)
-    }
-    if not known or not all(map(is_number, at)):
-        return None
-    tops = {name: max(value for value in values if is_number(value)) for name, values in known.items()}
-
-    def fill(axes: Axes) -> None:
-        for colour, (name, values) in zip(SERIES, known.items(), strict=False):
-            pairs = [(t, gib(v)) for t, v in zip(at, values, strict=True) if is_number(v)]
-            axes.plot([t for t, _ in pairs], [v for _, v in pairs], color=colour, label=name, linewidth=1.4)
-        above = axes.get_xaxis_transform()
-        for number, (start, name) in enumerate(_phase_starts(at, phases)):
-            axes.axvline(start, color="black", linewidth=0.5, alpha=0.4)
-            axes.text(
-                start, 0.98 - 0.07 * (number % 3), f" {short(name)}", transform=above, va="top", fontsize=7
-            )
-        axes.set_ylim(0, 1.25 * gib(max(tops.values())))
-        axes.set_xlabel("seconds since the start")
-        axes.set_ylabel("GiB")
-        legend_below(axes)
-
-    words = [f"{name} at most {format_bytes(top)}" for name, top in tops.items()]
-    return draw(
-        "Memory over the run",
-        f"Memory of the process over {max(at, default=0):.0f} seconds: {'; '.join(words)}.",
-        fill,
-    )
-
-
-def _phase_starts(at: Sequence[float], phases: Sequence[Any]) -> list[tuple[float, str]]:
-    """Where each phase begins that is long enough for its name."""
-    names = [str(phase or "starting") for phase in phases]
-    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
-    ends = [*starts[1:], len(names) - 1]
-    total = max(at, default=0.0)
-    return [
-        (at[i], names[i]) for i, end in zip(starts, ends, strict=True) if at[end] - at[i] >= 0.05 * total
-    ][:12]
+    return "unknown" if value is None else format_bytes_finely(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -290,8 +242,14 @@ def _mark_failed(axes: Axes, points: Sequence[Point]) -> None:
         axes.plot(failed, places, "x", color=LIMIT, label="out of memory", clip_on=False, markersize=7)
 
 
-def steps_figure(title: str, unit: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> Figure | None:
-    """Curves over optimizer steps, such as losses; None where there is no curve."""
+def steps_figure(
+    title: str,
+    unit: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    from_zero: bool = False,
+) -> Figure | None:
+    """Curves over optimizer steps, such as losses; None where there is no curve. `from_zero`: for times and sizes."""
     kept = {name: points for name, points in series.items() if len(points) > 1}
     if not kept:
         return None
@@ -301,7 +259,7 @@ def steps_figure(title: str, unit: str, series: Mapping[str, Sequence[tuple[floa
 
         for number, (name, points) in enumerate(kept.items()):
             places, _ = thinned([y for _, y in points])
-            is_sparse = len(points) <= 12
+            is_sparse = 2 < len(points) <= 12
             axes.plot(
                 [points[at][0] for at in places],
                 [points[at][1] for at in places],
@@ -312,6 +270,8 @@ def steps_figure(title: str, unit: str, series: Mapping[str, Sequence[tuple[floa
             )
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
+        if from_zero:
+            axes.set_ylim(0, None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend_below(axes)
 

@@ -103,7 +103,7 @@ def _behind(found: Estimate, notes: Iterable[str]) -> list[Block | None]:
 def _reproduce(plan: PlanFile, name: str) -> list[Block | None]:
     text = format_plan(plan.setup, plan.gpu or "local", {})
     return [
+        Code(title=f"The plan ({name})", text=text, is_folded=True),
         Code(title="Measure it", text="finefit bench plan.yaml"),
         Code(title="Run it", text="finefit train plan.yaml"),
-        Code(title=f"The plan ({name})", text=text, is_folded=True),
     ]

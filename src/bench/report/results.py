@@ -16,7 +16,6 @@ from bench.report.memory_figures import (
     bars_figure,
     steps_figure,
     timeline_figure,
-    watched_figure,
 )
 from bench.report.money import money_blocks
 from bench.report.shared import (
@@ -30,6 +29,7 @@ from bench.report.shared import (
     size,
     unique,
 )
+from bench.report.watched_figures import surroundings, watched_figure
 from bench.store import Measurement
 from bench.terms import TermRow, errors_by_term, is_number, table_of, term_rows
 from planner.errors import FinefitError
@@ -61,7 +61,7 @@ def results_report(runs: Sequence[Measurement], warnings: Sequence[str], name: s
             *section("Speed", _speed_blocks(runs, best)),
             *_money(best),
             *section("All runs", [_runs_table(runs), _left_out(warnings)]),
-            *section("Environment", [environment_facts(best.environment)]),
+            *section("Environment", [environment_facts(best.environment), *surroundings(best.watched)]),
             *section("Reproduce", _reproduce(best)),
         ),
         made=made,
@@ -174,6 +174,7 @@ def _figures(best: Measurement) -> Table | None:
         ("measured steps", len(best.samples.step_wall_s) or None, str),
         ("CPU seconds per step", measured.cpu_step_s, format_duration),
         ("tokens per second, without padding", measured.tokens_per_s, lambda value: f"{value:,.0f}"),
+        ("tokens that give a loss, per second", measured.trained_tokens_per_s, lambda value: f"{value:,.0f}"),
         ("first step, with compiling", measured.first_step_s, format_duration),
         ("one evaluation batch", measured.eval_s, format_duration),
         ("one checkpoint", measured.save_s, format_duration),
@@ -265,7 +266,7 @@ def _speed_blocks(runs: Sequence[Measurement], best: Measurement) -> list[Block 
             scale=gib,
             show=size,
         ),
-        steps_figure("Seconds per measured step", "seconds", {"wall": walls, "CPU": cpus}),
+        steps_figure("Seconds per measured step", "seconds", {"wall": walls, "CPU": cpus}, from_zero=True),
         steps_figure("Loss of the measured steps", "loss", {"loss": losses}),
     ]
 

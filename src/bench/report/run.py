@@ -25,7 +25,9 @@ from bench.report.shared import (
 from bench.store import check_plain
 from bench.terms import is_number, table_of
 from planner.errors import FinefitError
+from planner.estimate import estimate
 from planner.planfile import PlanFile, read_plan
+from planner.specs import Machine
 from planner.units import format_duration, gib
 
 MAX_FILE_BYTES = 2**28
@@ -74,7 +76,11 @@ def run_report(folder: Path, made: str) -> Report:
                 ],
             ),
             *section(
-                "Speed and memory", [_series(steps, "tokens_per_s", "Tokens per second"), _memory(steps)]
+                "Speed and memory",
+                [
+                    _series(steps, "tokens_per_s", "Tokens per second", from_zero=True),
+                    _memory(steps, table_of(summary, "predicted") or plan.predicted),
+                ],
             ),
             *section("Predicted beside measured", [_predictions(plan, summary), *_expected(plan, summary)]),
             *_money(plan, summary),
@@ -188,14 +194,29 @@ def _losses(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[st
     )
 
 
-def _series(steps: Sequence[Mapping[str, Any]], name: str, title: str) -> Block | None:
-    return steps_figure(title, title.lower(), {title.lower(): _curve(steps, name)})
+def _series(
+    steps: Sequence[Mapping[str, Any]], name: str, title: str, *, from_zero: bool = False
+) -> Block | None:
+    return steps_figure(title, title.lower(), {title.lower(): _curve(steps, name)}, from_zero=from_zero)
 
 
-def _memory(steps: Sequence[Mapping[str, Any]]) -> Block | None:
-    names = {"resident set": "rss_bytes", "allocated by torch": "allocated_bytes"}
+def _memory(steps: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any]) -> Block | None:
+    """What was held after each step, with what was predicted for it as a level line."""
+    names = {
+        "resident set": "rss_bytes",
+        "allocated after the step": "allocated_bytes",
+        "highest allocated": "peak_allocated_bytes",
+    }
     curves = {name: [(at, gib(value)) for at, value in _curve(steps, key)] for name, key in names.items()}
-    return steps_figure("Memory after each step", "GiB", curves)
+    is_on_card = bool(curves["highest allocated"])
+    expected = _figure(
+        table_of(predicted, "memory"), "peak_allocated_bytes" if is_on_card else "device_used_bytes"
+    )
+    if expected is not None and steps:
+        ends = (float(steps[0]["step"]), float(steps[-1]["step"]))
+        name = "predicted, allocated" if is_on_card else "predicted, resident"
+        curves[name] = [(at, gib(expected)) for at in ends]
+    return steps_figure("Memory after each step", "GiB", curves, from_zero=True)
 
 
 _QUANTITIES = (
@@ -224,28 +245,33 @@ def _predictions(plan: PlanFile, summary: Mapping[str, Any]) -> Block | None:
 
 
 def _expected(plan: PlanFile, summary: Mapping[str, Any]) -> list[Block | None]:
-    """Where the memory was expected to go, against what the machine could give."""
-    predicted = table_of(summary, "predicted") or plan.predicted
-    limit = _figure(table_of(predicted, "fit"), "usable_bytes")
-    titles = (("phases", "Expected peak by phase"), ("terms", "Expected peak by term"))
+    """Where the memory was expected to go, against what the machine could give; nothing where it isn't modelled."""
+    try:
+        found = estimate(plan.setup, _machine(plan, summary))
+    except FinefitError:
+        return []
+    tables = (("phase", found.memory.phases), ("term", found.memory.terms))
     return [
         bars_figure(
-            title,
-            [(clip(name), float(value), None) for name, value in table.items() if is_number(value)],
-            limit,
+            f"Expected peak by {name}",
+            [(part, float(value), None) for part, value in table.items()],
+            found.fit.usable_bytes,
         )
-        for key, title in titles
-        if (table := table_of(predicted, "memory", key))
+        for name, table in tables
     ]
+
+
+def _machine(plan: PlanFile, summary: Mapping[str, Any]) -> Machine:
+    """Where it ran; what a processor could give when the plan was made stands for its memory. Raises FinefitError."""
+    predicted = table_of(summary, "predicted") or plan.predicted
+    gpu = str(predicted.get("gpu") or plan.gpu or "local")
+    return machine_of(gpu, {"ram_bytes": table_of(predicted, "fit").get("usable_bytes")}, plan.setup.num_gpus)
 
 
 def _money(plan: PlanFile, summary: Mapping[str, Any]) -> list[Section]:
     speed = _figure(table_of(summary, "measured"), "tokens_per_s")
-    gpu = str(table_of(summary, "predicted").get("gpu") or plan.gpu or "local")
     try:
-        # what the processor could give when the plan was made stands for its memory
-        usable_bytes = table_of(summary, "predicted", "fit").get("usable_bytes")
-        machine = machine_of(gpu, {"ram_bytes": usable_bytes}, plan.setup.num_gpus)
+        machine = _machine(plan, summary)
     except FinefitError as error:
         return section("Time and money", [Notes(title="", lines=(f"No costs: {error}",))])
     return section("Time and money", money_blocks(plan.setup, machine, speed))
