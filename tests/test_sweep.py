@@ -210,7 +210,7 @@ def test_axes_without_sweep_and_sweeps_without_a_plan_are_usage_errors(plan):
     assert plan.jobs == []
 
 
-def test_the_interrupted_sweep_keeps_what_it_has(plan, monkeypatch):
+def test_the_interrupted_sweep_keeps_what_it_has(plan, monkeypatch, capsys):
     original = plan.run
 
     def interrupted(job, progress):
@@ -220,6 +220,7 @@ def test_the_interrupted_sweep_keeps_what_it_has(plan, monkeypatch):
 
     monkeypatch.setattr(plan, "run", interrupted)
     assert bench("--sweep", "seq_len=16,32,64") == 130
+    assert "2 results are in results.jsonl; --resume" in capsys.readouterr().err
     assert len(read_results(Path("results.jsonl"))[0]) == 2
 
 

@@ -132,7 +132,11 @@ class Bench:
         runs = []
         for number, cell in enumerate(planned, start=1):
             prefix = f"{number}/{len(planned)} " if len(planned) > 1 else ""
-            run = self.run(cell, prefix)
+            try:
+                run = self.run(cell, prefix)
+            except KeyboardInterrupt:
+                click.echo(f"\n{len(runs)} results are in {self.results}; --resume goes on there", err=True)
+                raise
             runs += [] if run is None else [run]
         if len(runs) > 1 and not self.as_json:
             click.echo(f"\n{format_sweep(runs, terminal_width())}")

@@ -22,13 +22,16 @@ SCHEMA_VERSION = 2
 """Of the lines written here. Version 1 is read too: it had no setup_id, timeline, watched, protocol and fewer figures."""
 
 OUTCOMES = ("ok", "oom", "crash", "killed", "timeout")
-MAX_LINE_BYTES = 2**24
-"""A longer line is no record."""
+MAX_LINE_BYTES = 2**22
+"""A longer line is no record; usual ones have 20 kB."""
 MAX_FILE_BYTES = 2**28
 """A larger file is refused before it is read: its records would not fit into a small machine's memory."""
 MAX_RECORDS = 100_000
 """More are refused: each takes a kilobyte of memory and more, and no sweep writes as many."""
 MAX_NUMBER = 2**63
+MAX_VALUES, MAX_FILE_VALUES = 200_000, 2**23
+"""Values in a record, which usually has some 1,500, and in a file: in memory a value of two characters takes up to a
+hundred bytes."""
 MAX_DEPTH = 32
 """Levels of lists and objects inside a line; a record has 7, with an inline config."""
 
@@ -205,10 +208,13 @@ def read_results(path: Path) -> tuple[list[Measurement], list[str]]:
             if file.seek(0, 2) > MAX_FILE_BYTES:
                 raise FinefitError(f"{path} is larger than {format_bytes(MAX_FILE_BYTES)}: split it first")
             file.seek(0)
+            num_values = 0
             for number, line in enumerate(file, start=1):
-                if number > MAX_RECORDS:
-                    raise FinefitError(f"{path} has more than {MAX_RECORDS} lines: split it first")
-                problem = _read_line(line, found)
+                if number > MAX_RECORDS or num_values > MAX_FILE_VALUES:
+                    what = f"{MAX_RECORDS} lines" if number > MAX_RECORDS else f"{MAX_FILE_VALUES:,} values"
+                    raise FinefitError(f"{path} has more than {what}: split it first")
+                problem, added = _read_line(line, found)
+                num_values += added
                 if problem:
                     warnings.append(f"{path.name}:{number}: left out: {problem}")
     except OSError as error:
@@ -216,10 +222,12 @@ def read_results(path: Path) -> tuple[list[Measurement], list[str]]:
     return found, warnings
 
 
-def _read_line(line: bytes, found: list[Measurement]) -> str | None:
-    """Add the line's record to `found`, or say in one line what is wrong with it; blank lines are fine."""
+def _read_line(line: bytes, found: list[Measurement]) -> tuple[str | None, int]:
+    """Add the line's record to `found`, or say in one line what is wrong with it; blank lines are fine. And how many
+    values were added.
+    """
     if not line.strip():
-        return None
+        return None, 0
     try:
         if len(line) > MAX_LINE_BYTES:
             raise ValueError("longer than any record")
@@ -228,17 +236,22 @@ def _read_line(line: bytes, found: list[Measurement]) -> str | None:
             raise ValueError("not a JSON object")
         if "schema_version" not in record and isinstance(record.get("record"), dict):
             record = record["record"]
-        check_plain(record)
+        num_values = check_plain(record)
         found.append(Measurement.from_json(record))
     except (ValueError, TypeError, KeyError, RecursionError, FinefitError) as error:
-        if not line.endswith(b"\n"):
-            return "it was cut off while it was written"
-        if isinstance(error, json.JSONDecodeError):
-            return f"it is no whole JSON value, as after a crash: {error.msg} at character {error.pos + 1}"
-        if isinstance(error, RecursionError):
-            return "it is nested too deeply for a record"
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    return None
+        return _describe(error, is_whole=line.endswith(b"\n")), 0
+    return None, num_values
+
+
+def _describe(error: Exception, *, is_whole: bool) -> str:
+    """Why a line is no record, in words for its owner."""
+    if not is_whole:
+        return "it was cut off while it was written"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no whole JSON value, as after a crash: {error.msg} at character {error.pos + 1}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply for a record"
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _refuse_constant(name: str) -> float:
@@ -267,8 +280,9 @@ def _check_keys(values: Mapping[str, Any], cls: type, required: tuple[str, ...] 
         raise ValueError(words)
 
 
-def check_plain(value: Any, where: str = "record", depth: int = 0) -> None:
-    """Refuse what no run measures and other programs can't read: infinities, integers beyond 64 bits, deep nesting.
+def check_plain(value: Any, where: str = "record", depth: int = 0) -> int:
+    """Refuse what no run measures and other programs can't read: infinities, integers beyond 64 bits, deep nesting, far
+    too many values. How many values there are.
 
     `value` is what json.loads gave. Raises ValueError that says where.
     """
@@ -278,14 +292,15 @@ def check_plain(value: Any, where: str = "record", depth: int = 0) -> None:
     numbers = [item for item in items if type(item) in (int, float)]
     if numbers and not (min(numbers) >= -MAX_NUMBER and max(numbers) <= MAX_NUMBER):
         raise ValueError(f"{where}: a figure this large is no measurement")
-    if type(value) is dict:
-        for key, item in value.items():
+    count = len(items)
+    if count > len(numbers):
+        pairs = value.items() if type(value) is dict else ((None, item) for item in items)
+        for key, item in pairs:
             if type(item) in (dict, list):
-                check_plain(item, f"{where}.{key}", depth + 1)
-    elif len(numbers) < len(items):
-        for item in items:
-            if type(item) in (dict, list):
-                check_plain(item, where, depth + 1)
+                count += check_plain(item, where if key is None else f"{where}.{key}", depth + 1)
+    if count > MAX_VALUES:
+        raise ValueError(f"{where[:60]}: more than {MAX_VALUES:,} values are no record")
+    return count
 
 
 def _texts(values: Mapping[str, Any], key: str) -> tuple[str, ...]:
