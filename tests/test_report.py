@@ -178,6 +178,10 @@ def test_mixed_machines_and_lines_left_out_are_said(swept, sketched):
         "versions" in line for line in report.doubts
     )
     assert "left out: torn" in to_html(report)
+    twin = replace(other, setup=swept[0].setup, measured=replace(swept[0].measured, tokens_per_s=7.0))
+    report = results_report([swept[0], swept[1], twin], [], "r", "made")
+    speed = next(section.blocks[0] for section in report.sections if section.title == "Speed")
+    assert "zz: 7 at 32" in speed.alt and "measured 2 times" not in report.answer
 
 
 def test_runs_that_differ_in_anything_are_told_apart(swept, sketched):

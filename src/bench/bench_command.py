@@ -129,7 +129,7 @@ class Bench:
         """Run what isn't done; say where the results are; the exit code."""
         done = self.count_done() if resume else {}
         planned = list(sweep.rounds(cells, num_repeats, done))
-        runs = []
+        runs: list[Measurement] = []
         for number, cell in enumerate(planned, start=1):
             prefix = f"{number}/{len(planned)} " if len(planned) > 1 else ""
             try:

@@ -194,7 +194,7 @@ def _successful(runs: Sequence[Measurement], side: str) -> list[Measurement]:
     good = [run for run in runs if run.outcome == "ok" and run.samples.step_wall_s]
     if not good:
         raise UsageError(f"{side} has no successful run with measured steps: nothing to compare")
-    machines = {str(_machine(run)): _name(run) for run in good}
+    machines = {str(machine_key(run)): machine_name(run) for run in good}
     if len(machines) > 1:
         names = ", ".join(sorted(machines.values()))
         raise UsageError(
@@ -203,13 +203,14 @@ def _successful(runs: Sequence[Measurement], side: str) -> list[Measurement]:
     return good
 
 
-def _machine(run: Measurement) -> tuple[Any, ...]:
+def machine_key(run: Measurement) -> tuple[Any, ...]:
     """What tells machines apart in one file: the id where there is one, the hardware, the device that was used."""
     keys = ("machine_id", *HARDWARE_KEYS)
     return (run.device, *(run.environment.get(key) for key in keys))
 
 
-def _name(run: Measurement) -> str:
+def machine_name(run: Measurement) -> str:
+    """The hardware in words, with the machine's id where there is one."""
     hardware = run.environment.get("gpu_name") if run.device != "cpu" else run.environment.get("cpu_model")
     return f"{hardware or 'unknown hardware'} {run.environment.get('machine_id') or ''}".strip()
 
@@ -266,7 +267,7 @@ def _warnings(a: Sequence[Measurement], b: Sequence[Measurement], is_by_run: boo
         found.append("the runs used different devices")
     if _is_same_machine([*a, *b]) is False:
         found.append(
-            f"A ran on {_name(a[0])}, B on {_name(b[0])}: ratios compare machines as well as what was changed"
+            f"A ran on {machine_name(a[0])}, B on {machine_name(b[0])}: ratios compare machines as well as what was changed"
         )
     for side, runs in (("A", a), ("B", b)):
         if len({str(run.setup) for run in runs}) > 1:

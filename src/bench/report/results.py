@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import timeline
+from bench.compare import machine_key
 from bench.labels import describe, describe_series, differing
+from bench.report.chosen import by_setup, headline, key_of, middle, places
 from bench.report.content import Block, Code, Notes, Report, Section, Table, section
 from bench.report.memory_figures import (
     Point,
@@ -68,36 +70,9 @@ def results_report(runs: Sequence[Measurement], warnings: Sequence[str], name: s
     )
 
 
-def headline(runs: Sequence[Measurement]) -> Measurement:
-    """Of the setup with the fastest median run, that run; the last one where none ended well.
-
-    The fastest run of all would be a lucky one where setups were measured several times.
-    """
-    found = [_middle(repeated) for repeated in _by_setup(runs).values()]
-    return max(found, key=_speed) if found else runs[-1]
-
-
-def _by_setup(runs: Sequence[Measurement]) -> dict[str, list[Measurement]]:
-    """The runs that ended well, setup by setup."""
-    found: dict[str, list[Measurement]] = {}
-    for run in runs:
-        if run.outcome == "ok":
-            found.setdefault(run.setup_id, []).append(run)
-    return found
-
-
-def _middle(runs: Sequence[Measurement]) -> Measurement:
-    """The median run by speed; the slower one of two."""
-    return sorted(runs, key=_speed)[(len(runs) - 1) // 2]
-
-
-def _speed(run: Measurement) -> float:
-    return run.measured.tokens_per_s or 0.0
-
-
 def _repeats(runs: Sequence[Measurement], best: Measurement) -> str:
     """How often the setup was measured and how far its runs are apart; nothing for a single run."""
-    steps = [run.measured.step_s for run in _by_setup(runs).get(best.setup_id, []) if run.measured.step_s]
+    steps = [run.measured.step_s for run in by_setup(runs).get(key_of(best), []) if run.measured.step_s]
     if len(steps) < 2:
         return ""
     return f" It was measured {len(steps)} times; the slowest took {percent(max(steps) / min(steps) - 1)} longer than the fastest."
@@ -105,9 +80,7 @@ def _repeats(runs: Sequence[Measurement], best: Measurement) -> str:
 
 def machine_doubts(runs: Sequence[Measurement]) -> list[str]:
     """That a file mixes machines or versions, which no average may hide."""
-    machines = {
-        str((run.device, run.environment.get("machine_id"), run.environment.get("gpu_name"))) for run in runs
-    }
+    machines = {str(machine_key(run)) for run in runs}
     versions = {str(run.environment.get("versions")) for run in runs}
     found = []
     if len(machines) > 1:
@@ -272,10 +245,11 @@ def _speed_blocks(runs: Sequence[Measurement], best: Measurement) -> list[Block 
 
 
 def _points(runs: Sequence[Measurement], quantity: str) -> list[Point]:
-    """One point per setup, with the median run's value; the series is whatever differs beside the length."""
+    """One point per setup and machine, with the median run's value; the series is whatever differs beside the length."""
     differences = differing(run.setup for run in runs)
-    good = {key: _middle(repeated) for key, repeated in _by_setup(runs).items()}
-    failed = {run.setup_id: run for run in runs if run.setup_id not in good}
+    place = places(runs)
+    good = {key: middle(repeated) for key, repeated in by_setup(runs).items()}
+    failed = {key_of(run): run for run in runs if key_of(run) not in good}
     points = []
     for run in (*good.values(), *failed.values()):
         value = getattr(run.measured, quantity)
@@ -283,7 +257,7 @@ def _points(runs: Sequence[Measurement], quantity: str) -> list[Point]:
             continue
         points.append(
             Point(
-                series=describe_series(run.setup, differences),
+                series=f"{describe_series(run.setup, differences)}{place(run)}",
                 seq_len=run.setup.seq_len,
                 value=float(value) if run.outcome == "ok" else None,
             )
@@ -303,25 +277,24 @@ def _money(best: Measurement) -> list[Section]:
 
 def _runs_table(runs: Sequence[Measurement]) -> Table:
     shown = runs[-MAX_ROWS:]
-    differences = differing(run.setup for run in runs)
+    differences, place = differing(run.setup for run in runs), places(runs)
     left = len(runs) - len(shown)
     return Table(
         title="",
         columns=("setup", "outcome", "predicted", "measured", "error", "step", "tokens/s", "run"),
-        rows=tuple(_row(run, differences) for run in shown),
+        rows=tuple((clip(f"{describe(run.setup, differences)}{place(run)}"), *_row(run)) for run in shown),
         num_words=2,
         note=f"The last {len(shown)}; {left} earlier ones are in the results file." if left else "",
     )
 
 
-def _row(run: Measurement, differences: Sequence[str]) -> tuple[str, ...]:
+def _row(run: Measurement) -> tuple[str, ...]:
     measured = run.measured
     predicted = table_of(run.predicted, "memory").get("peak_allocated_bytes")
     peak = measured.peak_allocated_bytes
     error = predicted / peak - 1 if is_number(predicted) and peak else None
     outcome = run.outcome if run.outcome == "ok" else f"{run.outcome} in {clip(run.last_phase)}"
     return (
-        clip(describe(run.setup, differences)),
         f"{outcome}{', doubtful' if run.warnings else ''}",
         size(predicted if is_number(predicted) else None),
         size(peak),
