@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bench import timeline
@@ -336,8 +335,3 @@ def _reproduce(best: Measurement) -> list[Block | None]:
         best.setup, best.gpu, bench_command_of(best), best.environment.get("versions")
     )
     return list(blocks)
-
-
-def results_name(path: Path) -> str:
-    """What a report calls a results file: its name, never its folder."""
-    return clip(path.name)
