@@ -50,24 +50,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def compare(row: Mapping[str, Any]) -> Compared:
-    """The closed form for a row's setup, without libraries' workspaces, which a trace doesn't see."""
+    """The closed form for a row's setup, without what the rows leave out: libraries' workspaces and blocks' remainders."""
     setup = TrainSetup.from_dict(row["setup"])
     model = MemoryModel(setup, resolve(setup))
     found = model.at(setup.micro_batch_size, setup.seq_len)
-    workspace = model.run.static()["workspace"]
-    traced = row["traced"]
+    left_out = {"workspace": model.run.static()["workspace"], "weights": model.run.unsplit_bytes}
+    unseen, traced = sum(left_out.values()), row["traced"]
     phases = {
-        name: (found.phases[name] - workspace) / traced["phases"][name] - 1
+        name: (found.phases[name] - unseen) / traced["phases"][name] - 1
         for name in PHASES
         if name in traced["phases"]
     }
-    peak = (found.peak_allocated_bytes - workspace) / traced["peak_bytes"] - 1
+    peak = (found.peak_allocated_bytes - unseen) / traced["peak_bytes"] - 1
     return Compared(
         id=row["id"],
         setup=row["setup"],
         peak=peak,
         phases=phases,
-        terms=_term_errors(found.terms, workspace, traced),
+        terms=_term_errors(found.terms, left_out, traced),
     )
 
 
@@ -82,10 +82,12 @@ TERMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Terms as both sides can be set side by side: the closed form's names and the trace's."""
 
 
-def _term_errors(closed: Mapping[str, int], workspace: float, traced: Mapping[str, Any]) -> dict[str, float]:
+def _term_errors(
+    closed: Mapping[str, int], left_out: Mapping[str, float], traced: Mapping[str, Any]
+) -> dict[str, float]:
     errors = {}
     for name, (ours, theirs) in TERMS.items():
-        mine = sum(closed.get(term, 0) for term in ours) - (workspace if "workspace" in ours else 0)
+        mine = sum(closed.get(term, 0) - left_out.get(term, 0) for term in ours)
         errors[name] = (mine - sum(traced["terms"][term] for term in theirs)) / traced["peak_bytes"]
     return errors
 
@@ -163,7 +165,7 @@ def _lines(compared: list[Compared], rows: Sequence[Mapping[str, Any]], worst: i
     yield (
         f"{len(compared)} configurations of {num_models} architectures, each traced on fake tensors as CUDA would run it "
         f"({'; '.join(stacks)}) and put through the closed form. Errors are the closed form's peak allocated bytes over the "
-        "trace's, minus 1. Libraries' workspaces are in neither."
+        "trace's, minus 1. Libraries' workspaces, and what blocks keep beyond a tensor, are in neither."
     )
     yield ""
     yield "Made by `python benchmarks/closed_form_report.py` from `evidence/closed-form-vs-trace.jsonl`."

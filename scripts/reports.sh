@@ -9,6 +9,8 @@ finefit accuracy evidence/memory-runs.jsonl --markdown --worst 20 >reports/accur
 mv reports/accuracy.md.new reports/accuracy.md
 finefit accuracy evidence/memory-runs.jsonl --traced $traced --markdown --worst 20 >reports/accuracy-traced.md.new
 mv reports/accuracy-traced.md.new reports/accuracy-traced.md
+python benchmarks/card_report.py evidence/h100-runs.jsonl --traced evidence/h100-runs-traced.jsonl >reports/h100.md.new
+mv reports/h100.md.new reports/h100.md
 finefit accuracy evidence/throughput-runs.jsonl --speed --markdown --worst 20 >reports/throughput.md.new
 mv reports/throughput.md.new reports/throughput.md
 python benchmarks/closed_form_report.py >reports/closed-form-vs-trace.md.new

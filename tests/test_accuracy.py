@@ -8,13 +8,15 @@ import pytest
 from click.testing import CliRunner
 
 from planner.accuracy import compare, errors_of, group_errors, outcomes, read_cases, residuals
-from planner.catalog import gpus, raw_gpu
+from planner.catalog import find_gpu, gpus, raw_gpu
 from planner.cli_accuracy import accuracy_command
 from planner.coverage import left_out
 from planner.errors import DataError, ProfileError
 from planner.estimate import estimate
-from planner.kept_traces import kept_predictor, read_traces
+from planner.kept_traces import keeping, kept_predictor, read_traces
 from planner.residuals import published_runs, table_text
+from planner.setup import TrainSetup
+from planner.specs import Machine
 from planner.units import GIB, gib
 
 ROOT = Path(__file__).parents[1]
@@ -330,6 +332,25 @@ class TestCommand:
         result = run(self.file(tmp_path, case("a")), "--traced", str(kept))
         assert isinstance(result.exception, DataError)
         assert f"{kept}:2" in str(result.exception)
+
+    def test_a_kept_trace_is_not_made_again(self, tmp_path):
+        calls = []
+
+        def trace(setup, machine):
+            calls.append(setup.method)
+            return estimate(setup, machine)
+
+        kept = tmp_path / "kept.jsonl"
+        machine = Machine(gpu=find_gpu("rtx-4090"))
+        setups = [TrainSetup(model=MODEL, method=method) for method in ("lora", "full", "lora")]
+        first = [keeping(trace, kept)(setup, machine).memory for setup in setups]
+        assert calls == ["lora", "full"]
+        assert [keeping(trace, kept)(setup, machine).memory for setup in setups] == first
+        assert calls == ["lora", "full"] and len(kept.read_text().splitlines()) == 2
+
+    def test_keeping_needs_traces(self, tmp_path):
+        result = run(self.file(tmp_path, case("a")), "--keep", str(tmp_path / "kept.jsonl"))
+        assert "--trace" in str(result.exception)
 
     def test_tracing_needs_its_extra(self, tmp_path):
         result = run(self.file(tmp_path, case("a")), "--trace")

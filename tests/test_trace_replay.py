@@ -11,6 +11,7 @@ from bench.trace import allocator_rules
 from bench.trace.allocator import CachingAllocator, OutOfMemoryError
 from bench.trace.allocator_rules import AllocatorRules
 from bench.trace.replay import least_capacity_bytes, replay
+from planner.inventory import unsplit_bytes
 from planner.units import GIB, MIB
 
 EXPANDABLE = AllocatorRules(expandable=True)
@@ -82,6 +83,15 @@ def test_a_large_block_keeps_a_rest_of_up_to_one_mebibyte():
     split = reserved(12 * MIB, ("free", 0), 10 * MIB + MIB // 2, MIB + MIB // 4)
     assert split.reserved_bytes == 12 * MIB
     assert split.allocated_bytes == 12 * MIB
+
+
+@pytest.mark.parametrize(
+    "num_bytes", [9 * MIB, 10 * MIB, 11 * MIB, 11 * MIB - 512, 23 * MIB // 2, 135_790_592]
+)
+def test_the_closed_form_says_what_a_new_segment_keeps_beyond_a_tensor(num_bytes):
+    allocator = CachingAllocator()
+    allocator.allocate(1, num_bytes)
+    assert unsplit_bytes(num_bytes) == allocator.block_bytes(1) - num_bytes
 
 
 def test_neighbours_merge_whatever_the_order_of_freeing():

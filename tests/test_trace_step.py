@@ -19,6 +19,7 @@ from bench.trace.run import record, trace
 from bench.trace.tracker import Tracker
 from planner.catalog import find_gpu
 from planner.errors import ConfigError, NotModelledError, SetupError
+from planner.estimate import estimate
 from planner.setup import TrainSetup
 from planner.specs import Machine
 from planner.units import MIB
@@ -399,3 +400,14 @@ def test_bad_setups_are_one_clear_error():
 def test_recording_the_same_step_twice_gives_the_same_allocations():
     first, second = (record(setup_of(), on_gpu=True) for _ in range(2))
     assert list(first.requests()) == list(second.requests())
+
+
+def test_what_blocks_keep_beyond_large_weights_is_counted_by_trace_and_closed_form() -> None:
+    """Two tables of 11.5 MiB lie in segments of 12 MiB, whose rest isn't split off."""
+    model = {**TINY, "hidden_size": 512, "vocab_size": 11_776, "tie_word_embeddings": False}
+    setup = TrainSetup(model=model, from_scratch=True, method="lora", seq_len=64)
+    machine = Machine(gpu=find_gpu("rtx-4090"))
+    weights = [answer(setup, machine).memory.terms["weights"] for answer in (trace_estimate, estimate)]
+    asked = trace(setup).terms["weights"]
+    assert weights[0] - asked == MIB
+    assert weights[1] == pytest.approx(weights[0], abs=16_384)

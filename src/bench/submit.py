@@ -19,12 +19,13 @@ from bench.store import Measurement
 from planner.catalog import find_gpu
 from planner.errors import FinefitError
 from planner.files import write_atomically
+from planner.stack import parse_stack
 from planner.units import gib
 
 SOURCE = "submitted"
 OUTCOMES: Mapping[str, str] = {"ok": "measured", "oom": "oom"}
 """A run's outcome as evidence calls it; runs that ended otherwise say nothing about memory."""
-STACK = ("transformers", "peft", "accelerate", "bitsandbytes", "torch")
+STACK = ("transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "torch")
 SLACK = 1.02
 """Peaks may contradict each other by this much: they are sampled at different moments."""
 
@@ -59,11 +60,12 @@ def shared_case(run: Measurement) -> dict[str, Any]:
     }
 
 
-def _stack(run: Measurement) -> str:
-    """The versions that ran, without a build's suffix."""
+def _stack(run: Measurement) -> str | None:
+    """The versions that ran, without a build's suffix; None for those that finefit's own step is modelled with."""
     versions = run.environment["versions"]
     words = [f"{name} {str(versions[name]).partition('+')[0]}" for name in STACK if name in versions]
-    return ", ".join(words)
+    text = ", ".join(words)
+    return text if parse_stack(text).is_older else None
 
 
 def _is_unknown_card(run: Measurement) -> bool:

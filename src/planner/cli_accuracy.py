@@ -40,6 +40,12 @@ if TYPE_CHECKING:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Predict from traces kept in FILE (evidence/memory-runs-traced.jsonl) instead of tracing.",
 )
+@click.option(
+    "--keep",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="With --trace: add each trace to FILE, and trace nothing that is there.",
+)
 @click.option("--speed", is_flag=True, help="Compare the time of a step instead of its memory.")
 @json_option
 @click.pass_context
@@ -52,6 +58,7 @@ def accuracy_command(
     residuals: Path | None,
     trace: bool,
     traced: Path | None,
+    keep: Path | None,
     speed: bool,
     as_json: bool,
 ) -> None:
@@ -62,6 +69,8 @@ def accuracy_command(
     from planner import accuracy
     from planner.estimate import estimate
 
+    if keep is not None and not trace:
+        raise UsageError("--keep keeps traces: add --trace")
     read = accuracy.read_all(cases)
     if speed:
         if trace or traced is not None or residuals is not None:
@@ -74,7 +83,7 @@ def accuracy_command(
     if traced is not None:
         predict = _kept(traced)
     elif trace:
-        predict = _tracer(context.ensure_object(Session), len(read))
+        predict = _keeping(_tracer(context.ensure_object(Session), len(read)), keep)
     is_hidden = trace or not sys.stderr.isatty()
     with click.progressbar(read, label="cases", file=sys.stderr, hidden=is_hidden) as bar:
         compared = accuracy.compare(bar, predict)
@@ -96,6 +105,14 @@ def _kept(path: Path) -> Answer:
 
     with path.open("rb") as lines:
         return kept_predictor(read_traces(str(path), lines))
+
+
+def _keeping(predict: Answer, path: Path | None) -> Answer:
+    if path is None:
+        return predict
+    from planner.kept_traces import keeping
+
+    return keeping(predict, path)
 
 
 def _print_speed(read: list[Mapping[str, Any]], path: str, worst: int, markdown: bool, as_json: bool) -> None:

@@ -16,6 +16,10 @@ CONTEXTS: dict[tuple[int, int], tuple[int, str]] = {
         "RTX 6000 Ada, torch 2.10+cu130: measured, unsloth-zoo pull 1053; RTX 4090: 416 MiB from "
         "23.28 - 22.74 - 0.13 GiB, eosphoros-ai/DB-GPT-Hub#248",
     ),
+    (9, 0): (
+        758 * MIB,
+        "H100 SXM5, driver 580.159, torch 2.11+cu130: measured, evidence/h100-runs.jsonl; 742 MiB in 3 of 43 runs",
+    ),
 }
 """Bytes by compute capability, and where they are from.
 

@@ -17,12 +17,14 @@ from planner.setup import TrainSetup
 from planner.sharding import STRATEGIES
 from planner.specs import LayerSpec, Matrix, ModelSpec
 from planner.stack import casts_back, parse_stack
-from planner.units import DTYPE_BYTES
+from planner.units import DTYPE_BYTES, MIB
 
 ABSMAX_BLOCK = 64
 """Weights per quantisation constant (bitsandbytes' default blocksize for 4-bit weights)."""
 NESTED_BLOCK = 256
 """Constants per second-level constant under double quantisation (bitsandbytes.functional.quantize_4bit)."""
+OWN_SEGMENT_BYTES, SEGMENT_UNIT_BYTES, LEAST_SPLIT_BYTES = 10 * MIB, 2 * MIB, MIB
+"""Of CUDA's caching allocator [kMinLargeAlloc, kRoundLarge, kSmallSize]."""
 CODEBOOK_BYTES = 16 * 4
 NESTED_CODEBOOK_BYTES = 256 * 4
 
@@ -55,10 +57,11 @@ class Inventory:
     `host_states_bytes` are paged optimizer states, which live in managed host memory.
     `largest_layer_bytes` and `root_bytes` are the weights that sharded training gathers at once: the largest
     layer's, and everything outside the layers. `constants_bytes` of the weights are the constants of quantised ones,
-    which are no parameters and so on every rank.
+    which are no parameters and so on every rank. `unsplit_bytes`: see that function, for all whole weights.
     """
 
     weights_bytes: int
+    unsplit_bytes: int
     constants_bytes: int
     adapters_bytes: int
     master_bytes: int
@@ -124,6 +127,7 @@ def _take_inventory(kept: _Kept, model: ModelSpec) -> Inventory:
     num_trained = sum(t.num_elements * t.count for t in trained)
     return Inventory(
         weights_bytes=_weights(kept, model) + _widened(kept, model) + model.buffer_bytes,
+        unsplit_bytes=_unsplit(kept, model),
         constants_bytes=_constants(model, kept.quant) if kept.quant else 0,
         adapters_bytes=_adapters_bytes(kept, model),
         master_bytes=4 * num_trained if has_master else 0,
@@ -317,6 +321,35 @@ def _widened(kept: _Kept, model: ModelSpec) -> int:
         return 0
     wide = (layer.count * m.num_weights for layer in model.layers for m in layer.matrices if m.wide)
     return (4 - kept.width) * sum(wide)
+
+
+def unsplit_bytes(num_bytes: int) -> int:
+    """What CUDA's caching allocator hands out beyond a tensor that is the first in a segment of its own.
+
+    Segments for 10 MiB and more are multiples of 2 MiB, and a remainder of up to 1 MiB isn't split off
+    (c10/cuda/CUDACachingAllocator.cpp, get_allocation_size and should_split). Weights are loaded before there is
+    anything cached, so theirs are new. Known error: what comes later (gradients, optimizer states) gets cached blocks as
+    they are, which only a replay can tell.
+
+    >>> unsplit_bytes(18944 * 3584 * 2), unsplit_bytes(14336 * 4096 * 2), unsplit_bytes(9 * 2**20)
+    (524288, 0, 0)
+    """
+    rest = -num_bytes % SEGMENT_UNIT_BYTES
+    return rest if num_bytes >= OWN_SEGMENT_BYTES and rest <= LEAST_SPLIT_BYTES else 0
+
+
+def _unsplit(kept: _Kept, model: ModelSpec) -> int:
+    return _unsplit_weights(model, None if kept.trains_base else kept.quant, kept.width)
+
+
+@functools.lru_cache(maxsize=256)
+def _unsplit_weights(model: ModelSpec, quant: str | None, width: int) -> int:
+    total = sum(t.count * unsplit_bytes(t.num_elements * t.width) for t in base_tensors(model, width))
+    for layer, matrix in quantised_matrices(model) if quant else ():
+        one = matrix.num_weights // matrix.copies
+        change = unsplit_bytes(packed_bytes(one, quant)) - unsplit_bytes(one * width) if quant else 0
+        total += layer.count * matrix.copies * change
+    return total
 
 
 def _weights(kept: _Kept, model: ModelSpec) -> int:

@@ -1,7 +1,6 @@
 """Peaks of traced steps, kept in a file: one JSON line for each setup on a card, so that a report needs no tracing.
 
-A line holds `id` (of the case it was traced for), `key`, `gpu`, `phases`, `terms` (bytes), `peak_phase` and
-`versions`. `key` is a digest of the setup's fields and the card: a line counts for exactly what was traced.
+A line holds `key`, `gpu`, `phases`, `terms` (bytes), `peak_phase` and `versions`. `key` is a digest of the setup's fields and the card: a line counts for exactly what was traced.
 """
 
 from __future__ import annotations
@@ -9,10 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from planner.errors import DataError, NotModelledError
 from planner.estimate import estimate
+from planner.files import append_line
 from planner.results import PHASES, TERMS, Estimate, Memory
 from planner.setup import TrainSetup
 from planner.specs import Machine
@@ -75,3 +77,45 @@ def kept_predictor(traces: Mapping[str, Kept]) -> Callable[[TrainSetup, Machine]
         return replace(answer, memory=memory, fit=fit, interval=interval, source="trace")
 
     return predict
+
+
+def keeping(predict: Callable[[TrainSetup, Machine], Estimate], path: Path) -> Callable[..., Estimate]:
+    """`predict`, a trace, with each answer added to a file at once; what the file has is taken from there.
+
+    Raises DataError for a broken file, FinefitError where it can't be written.
+    """
+    known: dict[str, Kept] = {}
+    if path.exists():
+        with path.open("rb") as lines:
+            known = read_traces(str(path), lines)
+    kept = kept_predictor(known)
+
+    def answer(setup: TrainSetup, machine: Machine) -> Estimate:
+        key = key_of(setup, machine.gpu.name)
+        if key in known:
+            return kept(setup, machine)
+        found = predict(setup, machine)
+        terms = {name: size for name, size in found.memory.terms.items() if name != "context"}
+        row = {
+            "key": key,
+            "gpu": machine.gpu.name,
+            "peak_phase": found.memory.peak_phase,
+            "phases": dict(found.memory.phases),
+            "terms": terms,
+            "versions": _versions(),
+        }
+        append_line(path, json.dumps(row))
+        known[key] = Kept(phases=found.memory.phases, terms=terms, peak_phase=found.memory.peak_phase)
+        return found
+
+    return answer
+
+
+def _versions() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name).partition('+')[0]}")
+    return ", ".join(found)

@@ -261,6 +261,7 @@ class Run:
         is_split = how.shards_weights or how.splits_layers
         whole = 0 if how.splits_layers else inv.constants_bytes
         base = (inv.weights_bytes - whole) / (ranks if is_split else 1) + whole
+        base += self.unsplit_bytes
         adapters = inv.adapters_bytes / (ranks if is_split else 1)
         states = (inv.states_bytes + inv.master_bytes) / (
             ranks if how.shards_optimizer or how.splits_layers else 1
@@ -277,6 +278,12 @@ class Run:
             terms["gradients"] = inv.gradients_bytes / ranks
         terms["workspace"] = self._workspace + self.buffers.always + self.buffers.kept
         return terms
+
+    @property
+    def unsplit_bytes(self) -> int:
+        """What the blocks of a card's allocator keep beyond a rank's weights; shards are of other sizes and count none."""
+        is_whole = not (self.strategy.shards_weights or self.strategy.splits_layers)
+        return self.inventory.unsplit_bytes if self.recipe.on_gpu and is_whole else 0
 
     @property
     def copied_bytes(self) -> float:

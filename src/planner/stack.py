@@ -26,6 +26,12 @@ class Stack:
         return found is not None and found < version
 
     @property
+    def is_older(self) -> bool:
+        """Whether transformers or PEFT are older than those that the formulas were derived from."""
+        newest = dict(parse_stack(None).versions)
+        return any(self.is_before(library, *newest[library]) for library in ("transformers", "peft"))
+
+    @property
     def splits_experts(self) -> bool:
         """Experts are separate linears (transformers 4), not one 3-D parameter (5)."""
         return self.is_before("transformers", 5)

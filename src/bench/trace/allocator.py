@@ -65,6 +65,10 @@ class CachingAllocator:
         self.allocated_bytes += block.num_bytes
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
 
+    def block_bytes(self, key: int) -> int:
+        """The size of the block that serves a request."""
+        return self._used[key].num_bytes
+
     def free(self, key: int) -> None:
         """Give a request's block back to its pool, merged with free neighbours."""
         block = self._used.pop(key, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,10 +10,11 @@ from bench.build import AUTO_CLASSES
 from bench.objectives import OBJECTIVES
 from bench.remote_code import trust_code
 from bench.trace.allocator_rules import AllocatorRules
+from bench.trace.blocks import block_excess
 from bench.trace.coefficients import learn
 from bench.trace.recording import Recording
 from bench.trace.replay import Replay, replay
-from bench.trace.run import Progress, TraceResult, trace
+from bench.trace.run import NUM_STEPS, Progress, TraceResult, trace
 from planner.coefficients import load
 from planner.errors import NotModelledError
 from planner.estimate import estimate, resolve
@@ -215,12 +216,23 @@ def _memory(traced: TraceResult, closed: Memory, workspace: int, usable_bytes: i
 
     `usable_bytes` is what torch can have of the card (0: no card, None: unknown).
     """
-    phases = {name: peak.num_bytes + workspace for name, peak in traced.phases.items()}
+    on_card = usable_bytes != 0
+    excess = (
+        block_excess(traced.timeline, _library_requests(traced.timeline, workspace), NUM_STEPS)
+        if on_card
+        else {}
+    )
+    phases = {
+        name: peak.num_bytes + workspace + sum(excess.get(name, {}).values())
+        for name, peak in traced.phases.items()
+    }
     # No command of finefit's resumes several ranks; each would fill tensors that a running step has.
     phases.setdefault("resume", phases["save"])
-    terms = {**traced.terms, "workspace": traced.terms["temporary"] + workspace}
+    at_peak: Mapping[str, int] = excess.get(traced.peak_phase, {})
+    terms = {name: size + at_peak.get(name, 0) for name, size in traced.terms.items()}
+    terms["workspace"] = terms["temporary"] + workspace
     terms["context"] = closed.terms["context"]
-    terms["fragmentation"] = _fragmentation(traced, workspace, usable_bytes) if usable_bytes != 0 else 0
+    terms["fragmentation"] = _fragmentation(traced, workspace, usable_bytes, phases) if on_card else 0
     return Memory(
         phases={name: phases[name] for name in PHASES},
         terms={name: terms[name] for name in TERMS},
@@ -230,20 +242,26 @@ def _memory(traced: TraceResult, closed: Memory, workspace: int, usable_bytes: i
     )
 
 
-def _fragmentation(traced: TraceResult, workspace: int, usable_bytes: int | None) -> int:
+def _fragmentation(
+    traced: TraceResult, workspace: int, usable_bytes: int | None, phases: Mapping[str, int]
+) -> int:
     """Reserved minus allocated by the allocator's rules: on this card, or without end where it doesn't suffice."""
     requests = list(_requests(traced.timeline, workspace))
     replayed = replay(requests, capacity_bytes=usable_bytes)
     if replayed.failed_key is not None:
         replayed = replay(requests)
-    return max(0, replayed.peak_reserved_bytes - traced.peak_bytes - workspace)
+    return max(0, replayed.peak_reserved_bytes - phases[traced.peak_phase])
 
 
 def _requests(timeline: Recording, workspace: int) -> Iterator[tuple[int, int]]:
+    return timeline.requests(_library_requests(timeline, workspace))
+
+
+def _library_requests(timeline: Recording, workspace: int) -> dict[int, tuple[int, int]]:
     """cuBLAS makes a workspace at a thread's first product: the forward's, then autograd's."""
     starts = [
         next((mark.at for mark in timeline.marks if mark.phase == phase), 0)
         for phase in ("forward", "backward")
     ]
     extra = {at: (-1 - i, workspace // CUBLAS_HANDLES) for i, at in enumerate(starts)}
-    return timeline.requests(extra if workspace else None)
+    return extra if workspace else {}

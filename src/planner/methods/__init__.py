@@ -18,6 +18,7 @@ from planner.errors import SetupError, UnknownNameError
 from planner.linears import Adapt
 from planner.setup import TrainSetup
 from planner.specs import Matrix, ModelSpec
+from planner.stack import parse_stack
 
 PeftCall = tuple[str, dict[str, Any]]
 """The name of a class in `peft` and its keyword arguments."""
@@ -55,7 +56,9 @@ VIRTUAL_TOKENS = (
     Refusal(
         "loss", lambda s: s.loss == "fused", "the fused loss doesn't know the learned tokens; use chunked"
     ),
-    Refusal("stack", lambda s: s.stack is not None, "known for the newest stack only; leave it out"),
+    Refusal(
+        "stack", lambda s: parse_stack(s.stack).is_older, "known for the newest stack only; leave it out"
+    ),
 )
 """What methods that learn tokens can't run."""
 NO_DROPOUT = Refusal("dropout", lambda s: s.dropout > 0, "PEFT drops nothing there; leave it 0")
