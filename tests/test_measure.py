@@ -533,3 +533,16 @@ class TestLiveTensors:
             now += event.nbytes()
             peak = max(peak, now)
         assert live.peak_bytes() - before == pytest.approx(peak, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "random_weights", "expected"),
+    [
+        ({"model": "smollm2-135m"}, False, False),
+        ({"model": "smollm2-135m"}, True, True),
+        ({"model": "smollm2-135m", "from_scratch": True, "method": "full"}, False, False),
+        ({"model": "smollm2-135m", "from_scratch": True, "method": "qlora"}, False, True),
+    ],
+)
+def test_what_random_weights_take_while_they_are_made_is_no_runs(changes, random_weights, expected):
+    assert Job(setup=TrainSetup(**changes), random_weights=random_weights).has_stand_ins is expected

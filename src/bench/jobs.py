@@ -37,6 +37,14 @@ class Job:
     parent_pid: int | None = None
     trust_remote_code: bool = False
 
+    @property
+    def has_stand_ins(self) -> bool:
+        """Whether random weights stand for a checkpoint's: they take more while they are made (in 16 bits before they
+        are packed, a tied head of its own) than those while they are read.
+        """
+        is_random = self.random_weights or not isinstance(self.setup.model, str)
+        return (bool(self.setup.quant) and self.setup.from_scratch) or (is_random and not self.setup.from_scratch)
+
     def write(self, folder: Path) -> None:
         """Put the job where the worker reads it."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -148,8 +148,7 @@ class _Watch:
             return
         if "gpu_uuid" in event:
             self.sampler.watch(event["gpu_uuid"])
-        if self.job.random_weights and self.log.phase == "warmup" and event.get("name") == "warmup":
-            # Random weights are made in 16 bits and packed afterwards, which a run with real ones doesn't do.
+        if self.job.has_stand_ins and event.get("name") == "warmup":
             self.sampler.forget_memory()
 
     def report(self) -> RunReport:

@@ -146,8 +146,7 @@ class Worker:
         with self.meter("load"):
             self.model = build_model(self.setup, weights=weights, device=self.device)
             self.count_all_tensors()
-        if weights is None and self.setup.quant:
-            # Random weights are made in 16 bits and packed afterwards, which a run with real ones doesn't do.
+        if self.job.has_stand_ins:
             self.counter.forget()
             self.meter = PhaseMeter(self.counter)
         gc.collect()
