@@ -60,7 +60,8 @@ LAYERS = (
         "kernels",
         "pointwise",
     ),
-    ("index", "fields", "results", "dataset", "linears", "own_kernels"),
+    ("index", "fields", "results", "dataset", "own_kernels"),
+    ("linears",),
     ("latent", "char_lengths", "methods"),
     ("families",),
     (

@@ -89,9 +89,11 @@ class TestALayerOfLlama:
 
     def test_fused_norms_keep_their_input_only(self):
         """The second norm's input is the residual stream; the rotary kernel overwrites nothing that is saved."""
-        found = recipe(method="full", kernels="fused")
+        triton = recipe(method="full", kernels="liger")
         norms = (4 + 2 * H) + (2 * H + 4 + 2 * H)
-        assert per_token(layer(), found) == pytest.approx(norms + ATTENTION + 4 * 2 * F, abs=8)
+        assert per_token(layer(), triton) == pytest.approx(norms + ATTENTION + 4 * 2 * F, abs=8)
+        own = recipe(method="full", kernels="fused")
+        assert per_token(layer(), own) == per_token(layer(), triton) - 2 * F, "its gate keeps no activation"
 
     def test_weights_copied_by_autocast_wait_too(self):
         spec = layer()

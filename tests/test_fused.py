@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 
 from planner.errors import SetupError
+from planner.estimate import resolve
+from planner.memory import MemoryModel
+from planner.setup import TrainSetup
 from tiny_llama import CONFIG, count_trained, random_batch, tiny_setup
 
 torch = pytest.importorskip("torch")
@@ -15,6 +18,7 @@ from bench.build import build_model, check_runnable  # noqa: E402
 from bench.fused import AdaptedLinears, GatedSilu, RootMeanSquareNorm, rotate  # noqa: E402
 from bench.optim import build_optimizer  # noqa: E402
 from bench.step import TrainStep  # noqa: E402
+from bench.trace.run import trace  # noqa: E402
 
 pytestmark = pytest.mark.train
 
@@ -22,6 +26,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": CONFIG,
     "biased": {**CONFIG, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
     "qk-norm": {**CONFIG, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 24},
+    "part-turned": {
+        **CONFIG,
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        "rotary_pct": 0.25,
+    },
     "other-norm": {
         **CONFIG,
         "model_type": "gemma2",
@@ -36,11 +46,12 @@ MODELS: dict[str, dict[str, Any]] = {
 def own_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is put into transformers' files is taken out again."""
     from transformers.models.gemma2 import modeling_gemma2
+    from transformers.models.gpt_neox import modeling_gpt_neox
     from transformers.models.llama import modeling_llama
     from transformers.models.qwen2 import modeling_qwen2
     from transformers.models.qwen3 import modeling_qwen3
 
-    for module in (modeling_llama, modeling_qwen2, modeling_qwen3, modeling_gemma2):
+    for module in (modeling_llama, modeling_qwen2, modeling_qwen3, modeling_gemma2, modeling_gpt_neox):
         monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
 
 
@@ -74,9 +85,10 @@ def test_fused_kernels_give_the_same_loss_and_gradients(name: str, changes: dict
         assert torch.allclose(fused[key], expected, rtol=1e-3, atol=1e-5), key
 
 
-def test_in_16_bits_they_differ_no_more_than_rounding_does() -> None:
+@pytest.mark.parametrize("adapter_dtype", ["bfloat16", "float32"])
+def test_in_16_bits_they_differ_no_more_than_rounding_does(adapter_dtype: str) -> None:
     """From float32's gradients fused kernels are no farther than twice what the plain ones are."""
-    narrow = {"weights_dtype": "bfloat16", "adapter_dtype": "bfloat16"}
+    narrow = {"weights_dtype": "bfloat16", "adapter_dtype": adapter_dtype}
     exact, plain, fused = one_step(), one_step(**narrow), one_step(**narrow, kernels="fused")
     for key, expected in exact.items():
         errors = [float((found[key].float() - expected).norm()) for found in (plain, fused)]
@@ -90,11 +102,48 @@ def test_modules_are_replaced_where_they_are_known_only() -> None:
 
     assert replaced() == {"Linear", "LlamaMLP", "LlamaRMSNorm"}
     assert "Linear" not in replaced(dropout=0.1), "a dropout between x and A"
-    assert "Linear" not in replaced(weights_dtype="bfloat16"), "float32 adapters on bfloat16 weights"
+    assert "Linear" in replaced(weights_dtype="bfloat16"), "float32 adapters on bfloat16 weights"
     gemma = replaced(model=MODELS["other-norm"], attention="eager")
     assert not gemma & {"Gemma2RMSNorm", "Gemma2MLP"}, (
         "its norm adds one to the weight, its activation is GELU"
     )
+
+
+def test_a_frozen_first_factor_needs_no_input() -> None:
+    model = build_model(tiny_setup(kernels="fused", method="lora-fa"))
+    (name, first), *_ = [(n, p) for n, p in model.named_parameters() if "lora_B" in n]
+    first.data += 0.1
+    batch = random_batch()
+    model(input_ids=batch["input_ids"]).logits.sum().backward()
+    plain = build_model(tiny_setup(method="lora-fa"))
+    plain.load_state_dict(model.state_dict())
+    plain(input_ids=batch["input_ids"]).logits.sum().backward()
+    expected = dict(plain.named_parameters())[name].grad
+    assert torch.allclose(first.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"checkpointing": "none", "adapter_dtype": "bfloat16"},
+        {"method": "full", "checkpointing": "none"},
+        {"method": "qlora"},
+        {"checkpointing": "none", "packing": True, "padding_free": True},
+        {"checkpointing": "none", "weights_dtype": "float32"},
+    ],
+)
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_the_closed_form_of_fused_kernels_is_the_trace(on_gpu: bool, changes: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "vocab_size": 4000}
+    model = {**CONFIG, **sizes}
+    setup = TrainSetup(model=model, micro_batch_size=4, seq_len=256, kernels="fused", **changes)
+    closed_form = MemoryModel(setup, resolve(setup), on_gpu=on_gpu)
+    workspace = closed_form.run.static()["workspace"]
+    found, traced = closed_form.at(4, 256).phases, trace(setup, on_gpu=on_gpu).phases
+    for phase in ("forward", "loss", "backward", "optimizer", "eval"):
+        assert found[phase] - workspace == pytest.approx(traced[phase].num_bytes, rel=5e-3), phase
 
 
 def test_adapters_that_are_switched_off_give_the_base_model() -> None:

@@ -134,7 +134,7 @@ def _base_model(
     is_untied: bool,
 ) -> nn.Module:
     auto_class = getattr(transformers, AUTO_CLASSES[setup.objective])
-    attention = _attention_name(setup, config, auto_class, meta)
+    attention = _attention_name(setup, config, auto_class)
     if meta and attention == ATTENTION["flash"]:
         attention = _without_flash(auto_class, config)
     options: dict[str, Any] = {
@@ -164,17 +164,23 @@ def _base_model(
     return model
 
 
-def _attention_name(setup: TrainSetup, config: Any, auto_class: Any, meta: bool) -> str:
+def _attention_name(setup: TrainSetup, config: Any, auto_class: Any) -> str:
     """transformers' name of the setup's attention; finefit's own where rows are joined, or kernels are.
 
     A model that transformers has no sdpa for (sinks in its softmax) has none of finefit's either.
     """
-    is_own = setup.joins_rows or (setup.kernels == "fused" and not meta)
+    is_own = setup.joins_rows or (setup.runs_own_kernels and takes_attention(config))
     if setup.attention != "sdpa" or not is_own or not _supports_sdpa(auto_class, config):
         return ATTENTION[setup.attention]
     from bench.attention import register
 
     return register(config, setup)
+
+
+def takes_attention(config: Any) -> bool:
+    """Whether transformers' class for the model runs an attention that is registered; some call torch's themselves."""
+    model_class = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return bool(getattr(model_class, "_supports_attention_backend", False))
 
 
 def _match_checkpoint(setup: TrainSetup, model: Any, *, is_untied: bool) -> None:

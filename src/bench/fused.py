@@ -7,6 +7,7 @@ give, so a model of unknown parts keeps its own. T: tokens, I and O: a linear's 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ def fuse(model: nn.Module) -> None:
 
 
 def _is_adapted(module: Any) -> bool:
-    """Whether it is PEFT's plain LoRA on a plain linear, all of one dtype and without dropout."""
+    """Whether it is PEFT's plain LoRA on a plain linear, without dropout; its adapter may be wider than the linear."""
     base: Any = getattr(module, "base_layer", None)
     names: Any = getattr(module, "active_adapters", ())
     if type(base) is not nn.Linear or len(names) != 1 or getattr(module, "lora_variant", True):
@@ -47,8 +48,8 @@ def _is_adapted(module: Any) -> bool:
     (name,) = names
     down, up = module.lora_A[name], module.lora_B[name]
     is_plain = type(down) is type(up) is nn.Linear and up.bias is None and not base.weight.requires_grad
-    dtypes = {base.weight.dtype, down.weight.dtype, up.weight.dtype}
-    return is_plain and len(dtypes) == 1 and isinstance(module.lora_dropout[name], nn.Identity)
+    is_wide = down.weight.dtype in (base.weight.dtype, torch.float32) and down.weight.dtype == up.weight.dtype
+    return is_plain and is_wide and isinstance(module.lora_dropout[name], nn.Identity)
 
 
 def _join_siblings(modules: Sequence[Any]) -> None:
@@ -103,9 +104,9 @@ class _Siblings:
 
 class AdaptedLinears(torch.autograd.Function):  # type: ignore[misc]
     """y = x W^T + b + s (x A^T) B^T of several frozen linears W [O, I] that read one x [..., I], with adapters
-    A [r, I] and B [O, r].
+    A [r, I] and B [O, r], which may be wider: then all of theirs is computed in their dtype, and x widened for it.
 
-    Adapters are added in place, and the gradients of x too. Only x and x A^T are saved.
+    Adapters are added in place, and the gradients of x too. Only x, where an A trains, and x A^T are saved.
     """
 
     @staticmethod
@@ -113,16 +114,18 @@ class AdaptedLinears(torch.autograd.Function):  # type: ignore[misc]
         """`parts`: W, b (None without), A, B and s of each. Returns each y [..., O]."""
         rows = x.reshape(-1, x.shape[-1])
         linears = [parts[at : at + 5] for at in range(0, len(parts), 5)]
-        inner = rows @ torch.cat([down for _, _, down, _, _ in linears]).T
+        downs = torch.cat([down for _, _, down, _, _ in linears])
+        inner = rows.to(downs.dtype) @ downs.T
         answers = []
         at = 0
         for weight, bias, down, up, scale in linears:
-            answer = functional.linear(rows, weight, bias)
-            answer.addmm_(inner[:, at : at + len(down)], up.T, alpha=scale)
+            answer = functional.linear(x, weight, bias)
+            _add_product(answer.view(-1, len(weight)), inner[:, at : at + len(down)], up.T, scale)
             at += len(down)
-            answers.append(answer.view(*x.shape[:-1], -1))
+            answers.append(answer)
         ctx.scales = [scale for *_, scale in linears]
-        ctx.save_for_backward(rows, inner, *(t for w, _, down, up, _ in linears for t in (w, down, up)))
+        saved = rows if any(ctx.needs_input_grad[3::5]) else None
+        ctx.save_for_backward(saved, inner, *(t for w, _, down, up, _ in linears for t in (w, down, up)))
         ctx.shape = x.shape
         return tuple(answers)
 
@@ -135,20 +138,37 @@ class AdaptedLinears(torch.autograd.Function):  # type: ignore[misc]
         for number, (grad, scale) in enumerate(zip(grad_outputs, ctx.scales, strict=True)):
             weight, down, up = tensors[3 * number : 3 * number + 3]
             grad = grad.reshape(-1, grad.shape[-1])
-            part = inner[:, at : at + len(down)]
-            at += len(down)
-            grads.append((grad @ up).mul_(scale))
-            found += [None, None, None, (grad.T @ part).mul_(scale), None]
             if ctx.needs_input_grad[0]:
                 grad_rows = grad @ weight if grad_rows is None else grad_rows.addmm_(grad, weight)
+            grad_part, grad_up = _through_up(grad, inner[:, at : at + len(down)], up, scale)
+            at += len(down)
+            grads.append(grad_part)
+            found += [None, None, None, grad_up, None]
         grad_inner = torch.cat(grads, 1)
-        downs = torch.cat(tensors[1::3])
-        grad_downs = (grad_inner.T @ rows).split([len(down) for down in tensors[1::3]])
-        for number, grad_down in enumerate(grad_downs):
-            found[5 * number + 2] = grad_down
+        downs = tensors[1::3]
+        if rows is not None:
+            grad_downs = grad_inner.T @ rows.to(grad_inner.dtype)
+            found[2::5] = grad_downs.split([len(down) for down in downs])
         if grad_rows is not None:
-            grad_rows = grad_rows.addmm_(grad_inner, downs).view(ctx.shape)
+            _add_product(grad_rows, grad_inner, torch.cat(downs), 1.0)
+            grad_rows = grad_rows.view(ctx.shape)
         return (grad_rows, *found)
+
+
+def _through_up(
+    grad: torch.Tensor, inner: torch.Tensor, up: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of `inner` [T, r] and of `up` [O, r], from that of s inner up^T."""
+    grad = grad.to(up.dtype)
+    return (grad @ up).mul_(scale), (grad.T @ inner).mul_(scale)
+
+
+def _add_product(total: torch.Tensor, first: torch.Tensor, second: torch.Tensor, scale: float) -> None:
+    """total += scale first second; rounded once where the factors are wider."""
+    if total.dtype == first.dtype:
+        total.addmm_(first, second, alpha=scale)
+    else:
+        total.copy_(total.to(first.dtype).addmm_(first, second, alpha=scale))
 
 
 def _is_gated_mlp(module: Any) -> bool:
@@ -190,13 +210,13 @@ def _is_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     if weight is None or getattr(module, "bias", None) is not None or _epsilon(module) is None:
         return False
-    x = torch.linspace(-3, 5, 4 * weight.numel(), dtype=weight.dtype, device=weight.device).view(4, -1)
+    # tensors of the probe's own: the module's may have a shape only
+    x = torch.linspace(-3, 5, 4 * weight.numel(), dtype=weight.dtype).view(4, -1)
+    probe = torch.linspace(-2, 2, weight.numel(), dtype=weight.dtype)
     with torch.no_grad():
-        return bool(
-            torch.equal(
-                type(module).forward(module, x), RootMeanSquareNorm.apply(x, weight, _epsilon(module))
-            )
-        )
+        expected = torch.func.functional_call(module, {"weight": probe}, (x,))
+        found = RootMeanSquareNorm.apply(x, probe, _epsilon(module))
+    return bool(torch.equal(expected, found))
 
 
 def _epsilon(module: Any) -> float | None:
@@ -251,17 +271,29 @@ def _fuse_rotary(model: nn.Module) -> None:
     """
     modeling = sys.modules[type(inner_model(model)).__module__]
     own = getattr(modeling, "apply_rotary_pos_emb", None)
-    if own is None or own is rotate:
+    if own is None or hasattr(own, "__wrapped__"):
         return
     query, key = (torch.linspace(-2, 3, 2 * n * 3 * 8).view(2, n, 3, 8) for n in (4, 2))
     angles = torch.linspace(0, 3, 2 * 3 * 4).view(2, 3, 4).repeat(1, 1, 2)
     try:
         expected = own(query, key, angles.cos(), angles.sin())
-    except TypeError:
+    except (TypeError, RuntimeError):
+        # it wants other arguments, or tables of another shape
         return
     found = rotate(query, key, angles.cos(), angles.sin())
     if all(torch.allclose(a, b, atol=_CLOSE) for a, b in zip(expected, found, strict=True)):
-        setattr(modeling, "apply_rotary_pos_emb", rotate)  # noqa: B010
+        setattr(modeling, "apply_rotary_pos_emb", _rotating(own))  # noqa: B010
+
+
+def _rotating(own: Callable[..., Any]) -> Callable[..., Any]:
+    """`own`, done by `rotate` where the tables are as wide as a head: some models turn a part of it only."""
+
+    @functools.wraps(own)
+    def rotating(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, *args: Any, **named: Any) -> Any:
+        is_whole = cos.shape[-1] == query.shape[-1] == key.shape[-1]
+        return (rotate if is_whole else own)(query, key, cos, *args, **named)
+
+    return rotating
 
 
 def rotate(

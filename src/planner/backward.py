@@ -46,14 +46,12 @@ class Backward:
     def begin(self, tensors: Sequence[Tensor]) -> None:
         """Tensors that have a gradient before the first operation, from later blocks."""
         for tensor in tensors:
-            self._gradients[id(tensor)] = gradient = self._allocate(tensor)
-            gradient.num_owners = 1
+            self._gradients[id(tensor)] = self._allocate(tensor, 1)
 
     def run(self) -> None:
         """From the last operation to the first."""
         output = self.operations[-1].output
-        self._gradients[id(output)] = gradient = self._allocate(output)
-        gradient.num_owners = 1
+        self._gradients[id(output)] = self._allocate(output, 1)
         freed_at = _first_saver(self.operations)
         has_waited = False
         for index in range(len(self.operations) - 1, -1, -1):
@@ -62,7 +60,7 @@ class Backward:
                 has_waited = True
                 self.waiting = self._beyond_saved()
             freed = [t for t in freed_at.get(index, ()) if self.frees_kept or not t.is_kept]
-            if id(op.output) in self._gradients:
+            if any(id(output) in self._gradients for output in op.outputs):
                 self._step(op, freed)
             else:
                 self._free(freed)
@@ -73,7 +71,9 @@ class Backward:
 
     def _step(self, op: Operation, freed: Sequence[Tensor]) -> None:
         """One operation's gradients; what it saved is gone before its weight's gradient is used (torch's engine.cpp)."""
-        mine = self._gradients.pop(id(op.output))
+        others = [self._gradients.pop(id(t)) for t in op.more if id(t) in self._gradients]
+        # What nothing reads has a gradient of zeros.
+        mine = self._gradients.pop(id(op.output), None) or self._allocate(op.output, 1)
         wanted = [t for t in op.inputs if t.needs_grad and not (op.splits and id(t) in self._gradients)]
         made = [mine if _is_shared(op, t, mine) else self._allocate(t) for t in wanted]
         for gradient in made:
@@ -84,7 +84,8 @@ class Backward:
         self.snapshots.append(moment if op.grad_temp is ZERO else with_at(moment, WORKSPACE, op.grad_temp))
         for gradient in made:
             gradient.num_owners += 1
-        self._drop(mine)
+        for gradient in (mine, *others):
+            self._drop(gradient)
         self._free(freed)
         if op.weight_grad is not ZERO:
             before = self.made[-1][0] if self.made else ZERO
@@ -107,8 +108,7 @@ class Backward:
         elif there.num_owners == 1 and not there.is_view:
             self._drop(gradient)
         else:
-            self._gradients[id(tensor)] = total = self._allocate(tensor)
-            total.num_owners = 1
+            self._gradients[id(tensor)] = self._allocate(tensor, 1)
             self.snapshots.append(self._snapshot())
             self._drop(there)
             self._drop(gradient)
@@ -118,9 +118,9 @@ class Backward:
         if gradient.num_owners == 0:
             self._change(gradient.category, gradient.size, -1)
 
-    def _allocate(self, tensor: Tensor) -> _Gradient:
+    def _allocate(self, tensor: Tensor, num_owners: int = 0) -> _Gradient:
         self._change(tensor.category, tensor.gradient, 1)
-        return _Gradient(tensor.gradient, tensor.category)
+        return _Gradient(tensor.gradient, tensor.category, num_owners=num_owners)
 
     def _change(self, category: int, size: Size, sign: int) -> None:
         a = self.live[category]

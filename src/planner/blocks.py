@@ -12,10 +12,11 @@ from dataclasses import replace
 
 from planner import kernels
 from planner.linears import Linears, Recipe
-from planner.own_kernels import by_document, cpu_kernel
+from planner.own_kernels import by_document, cpu_kernel, gated_silu, knows_gate
 from planner.pointwise import CLAMPED_SILU, activation
+from planner.sizes import sum_of
 from planner.specs import LayerSpec, Matrix
-from planner.tape import FULL_WIDTH, ZERO, BlockMemory, Size, Snapshot, Tape, Tensor, add, per_token, scale
+from planner.tape import FULL_WIDTH, ZERO, BlockMemory, Tape, Tensor, add, per_token, scale
 from planner.work import Passes
 
 Part = Callable[[Tensor, LayerSpec, int], Tensor]
@@ -133,14 +134,17 @@ class Block(Linears):
                 # Falcon picks grouped heads by a list of positions, which copies them.
                 key, value = self._copied(key), self._copied(value)
         else:
-            query, key, value = (self._projection(x, roles, part) for part in ("q", "k", "v"))
+            own = [part for part in "qkv" if part in roles]
+            made = dict(zip(own, self.siblings(x, [roles[part] for part in own]), strict=True))
+            query, key, value = (made.get(part, x) for part in "qkv")
         if layer.qk_norm != "none":
             heads = (layer.num_heads, layer.num_kv_heads) if layer.qk_norm == "head" else (1, 1)
             query = self.norm(query, width_q, layer.norm, heads[0])
             key = self.norm(key, width_k, layer.norm, heads[1])
         if layer.rotary == "none":
             return query, key, value
-        rotated = self._rotary(query, width_q), self._rotary(key, width_k)
+        is_fused = self.recipe.fused or (self.recipe.own and layer.rotary == "full")
+        rotated = self._rotary(query, width_q, is_fused), self._rotary(key, width_k, is_fused)
         if layer.rotary == "narrowed":
             rotated = self.cast(rotated[0], query.width, width_q), self.cast(rotated[1], key.width, width_k)
         self.tape.hold(query, key)
@@ -149,15 +153,11 @@ class Block(Linears):
             self.tape.variables += (query, key)
         return *rotated, value
 
-    def _projection(self, x: Tensor, roles: dict[str, Matrix], part: str) -> Tensor:
-        """q, k or v, where the layer has it."""
-        return self.linear(x, roles[part]) if part in roles else x
-
-    def _rotary(self, x: Tensor, width: int) -> Tensor:
+    def _rotary(self, x: Tensor, width: int, is_fused: bool) -> Tensor:
         """x cos + rotate_half(x) sin; the tables have the width of the stream."""
         wide = max(x.width, self.recipe.stream)
         size = per_token(wide * width)
-        temp = ZERO if self.recipe.fused else add(size, size)
+        temp = ZERO if is_fused else add(size, size)
         return self.tape.run([x], size, wide, temp=temp, grad_temp=temp)
 
     def _kernel(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec) -> Tensor:
@@ -223,7 +223,7 @@ class Block(Linears):
         if recipe.attention == "eager":
             return kernels.EAGER[layer.scores], narrowed
         if not recipe.on_gpu:
-            return cpu_kernel(spreads=recipe.spreads), narrowed
+            return cpu_kernel(is_own=recipe.own_attention and not recipe.is_masked and layer.causal), narrowed
         if recipe.attention == "flash":
             # transformers narrows float32 queries of a quantised model (integrations/flash_attention.py).
             return kernels.flash, recipe.compute
@@ -273,7 +273,7 @@ class Block(Linears):
         share = layer.experts_per_token / layer.num_experts
         waiting = Block(self.recipe)
         waiting._expert(waiting.tape.input(x.size, x.width), [], routed, layer, share)
-        saved = scale(_total(waiting.tape.play().saved), layer.num_experts - 1)
+        saved = scale(sum_of(waiting.tape.play().saved), layer.num_experts - 1)
         stash = self.tape.run([x], saved, x.width, saves_output=True)
         stash.needs_grad = False
         stands_for = self.tape.operations[-1]
@@ -349,6 +349,9 @@ class Block(Linears):
             hidden = self.linear(x, roles["up"], share)
             return self._down(self._activation(hidden, inner, layer), down, layer, share)
         joint = roles.get("gate_up")
+        if self.recipe.own and not joint and knows_gate(roles, layer):
+            gate, up = self.siblings(x, [roles["gate"], roles["up"]], share)
+            return self._down(gated_silu(self.tape, gate, up), down, layer, share)
         gate = self.linear(x, joint or roles["gate"], share)
         if joint:
             half = per_token(gate.width * inner)
@@ -382,10 +385,3 @@ class Block(Linears):
             autocast=recipe.autocast,
             is_recomputed=recipe.checkpointed and not recipe.reentrant,
         )
-
-
-def _total(snapshot: Snapshot) -> Size:
-    total = ZERO
-    for size in snapshot:
-        total = add(total, size)
-    return total

@@ -49,6 +49,11 @@ def attentions(model: ModelSpec) -> tuple[str, ...]:
     return tuple(entry.get("attentions", CHOICES["attention"]))
 
 
+def takes_attention(model: ModelSpec) -> bool:
+    """Whether the model's classes run an attention that is registered with transformers, as finefit's own is."""
+    return not (model.is_traced or family(model.family).get("calls_own_attention", False))
+
+
 def block(name: str) -> Mapping[str, Any]:
     """A named block of families.toml: its matrices and its `vectors` expression."""
     try:

@@ -6,10 +6,11 @@ which tensors each operation saves. Widths are bytes per element.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from planner.operations import Product
+from planner.own_kernels import SIBLINGS, adapted
 from planner.pointwise import Norm, cast
 from planner.specs import Matrix
 from planner.tape import (
@@ -44,7 +45,8 @@ class Recipe:
     `is_float16`: 16 bits mean float16, which some kernels widen inside.
     `fused`: norms and rotary embeddings in one kernel each that saves its input only (Triton, or torch.compile,
     whose partitioner recomputes pointwise operations in the backward); `fused_mlp`: gated activations too; `fused_adapters`: a
-    quantised linear and its adapter are one autograd function (Unsloth's LoRA_QKV and LoRA_W). `on_gpu`: CUDA's
+    quantised linear and its adapter are one autograd function (Unsloth's LoRA_QKV and LoRA_W). `own`: finefit's kernels
+    (planner.own_kernels); `own_adapters`: a linear and its adapter too, `trains_first` whether that one's A trains. `on_gpu`: CUDA's
     kernels instead of the CPU's; `has_flash`: FlashAttention runs on the card; `is_masked`: torch's attention is given a
     mask; `repeats_groups`: the kernel is given grouped keys and values copied out to all heads; `checkpointed`: layers are recomputed; `reentrant`: checkpoints recompute a layer whole and keep
     its output meanwhile, the default of transformers before 5. `has_first_grad`: the gradient of the first layer's
@@ -73,6 +75,10 @@ class Recipe:
     fused: bool = False
     fused_mlp: bool = False
     fused_adapters: bool = False
+    own: bool = False
+    own_adapters: bool = False
+    own_attention: bool = False
+    trains_first: bool = True
     on_gpu: bool = True
     has_flash: bool = True
     is_masked: bool = False
@@ -113,6 +119,7 @@ class Linears:
             is_trained=recipe.trains_base,
             autocast=recipe.autocast,
             is_fused=recipe.fused,
+            is_own=recipe.own,
         )
         return norm(self.tape, x)
 
@@ -137,6 +144,8 @@ class Linears:
         """
         if matrix.kind == "parameter" and matrix.path in self.ranks:
             return self._folded_linear(x, matrix, tokens_per_token)
+        if self._has_own_adapter(matrix):
+            return self._adapted(x, [matrix], tokens_per_token)[0]
         can_be_packed = matrix.kind in ("linear", "conv1d") and matrix.role != "router"
         bits = self.recipe.quantised_bits if can_be_packed else 0
         run = {0: self._plain_linear, 4: self._linear_4bit, 8: self._linear_8bit}[bits]
@@ -150,6 +159,30 @@ class Linears:
             out = base(x)
         self.tape.hold(x)
         return out
+
+    def siblings(self, x: Tensor, matrices: Sequence[Matrix], share: float = 1.0) -> list[Tensor]:
+        """Linears that read one input, in the order in which they are called."""
+        together = tuple(matrix.module for matrix in matrices) in SIBLINGS
+        if together and all(self._has_own_adapter(matrix) for matrix in matrices):
+            return self._adapted(x, matrices, share)
+        return [self.linear(x, matrix, share) for matrix in matrices]
+
+    def _has_own_adapter(self, matrix: Matrix) -> bool:
+        return self.recipe.own_adapters and matrix.kind == "linear" and matrix.path in self.ranks
+
+    def _adapted(self, x: Tensor, matrices: Sequence[Matrix], share: float) -> list[Tensor]:
+        recipe = self.recipe
+        outputs = adapted(
+            self.tape,
+            x,
+            matrices,
+            [self.ranks[matrix.path] for matrix in matrices],
+            share,
+            adapter=recipe.adapter,
+            trains_first=recipe.trains_first,
+        )
+        self.tape.hold(x)
+        return outputs
 
     def _plain_linear(self, x: Tensor, matrix: Matrix, share: float) -> Tensor:
         if matrix.kind == "parameter" and matrix.role != "router":

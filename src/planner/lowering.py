@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from planner.exchange import gathered_widths
+from planner.families import takes_attention
 from planner.heads import LossBytes
 from planner.inventory import adapter_width
 from planner.layers import adapted_matrices, adapter_rank
@@ -26,6 +27,8 @@ def block_recipe(
     method = find_method(setup.method)
     weight, norm, adapter = gathered_widths(setup)
     compute = DTYPE_BYTES[setup.autocast or setup.weights_dtype]
+    is_own = setup.runs_own_kernels and not setup.compile
+    joins = setup.joins_rows and setup.attention == "sdpa"
     return Recipe(
         weight=weight,
         norm=norm,
@@ -43,9 +46,13 @@ def block_recipe(
         is_float16="float16" in (setup.autocast or setup.weights_dtype,),
         dropout=setup.dropout > 0,
         attention=setup.attention,
-        fused=setup.kernels != "plain" or setup.compile,
+        fused=(setup.kernels != "plain" and not is_own) or setup.compile,
         fused_mlp=setup.compile,
-        fused_adapters=setup.kernels != "plain" and setup.quant is not None,
+        fused_adapters=setup.kernels != "plain" and not is_own and setup.quant is not None,
+        own=is_own,
+        own_adapters=is_own and _fuses_adapters(setup, weight, adapter),
+        own_attention=joins or (is_own and setup.attention == "sdpa" and takes_attention(model)),
+        trains_first=not method.frozen,
         on_gpu=on_gpu,
         has_flash=has_flash,
         repeats_groups=repeats_groups(stack, model.family, setup.attention),
@@ -54,8 +61,14 @@ def block_recipe(
         checkpointed=setup.checkpointing == "full",
         accumulates=setup.grad_accum_steps > 1,
         step_factor=_step_factor(setup),
-        spreads=setup.joins_rows and setup.attention == "sdpa",
+        spreads=joins,
     )
+
+
+def _fuses_adapters(setup: TrainSetup, weight: int, adapter: int) -> bool:
+    """Whether finefit's kernels compute a linear and its adapter together: PEFT's plain one on a plain linear."""
+    is_plain = find_method(setup.method).is_low_rank_sum and setup.quant is None and not setup.dropout
+    return is_plain and setup.autocast is None and adapter in (weight, FULL_WIDTH)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -111,7 +124,7 @@ def loss_bytes(setup: TrainSetup, model: ModelSpec, stack: Stack, tokens: int, e
     return _all_logits(
         is_old=is_old,
         keeps_16bit=not (is_old and (has_own_loss or stack.widens_first)),
-        in_place_grad=setup.kernels == "fused",
+        in_place_grad=setup.kernels == "fused" and not setup.runs_own_kernels,
         scaled=model.scales_logits,
         shifted=model.shifts_logits,
         capped=model.logit_softcap,

@@ -62,7 +62,7 @@ class Operation:
     copied into the weight's layout; `joins`: they are views of its output's;
     `splits`: its output is one of several parts, whose gradients are joined in one new tensor. `product`: the matrix
     product that it is; `num_dequantised`: weights that it dequantises before, in its backward too; `traffic`: bytes
-    that it moves beyond its tensors. It stands for `num_others` runs of the operations `others` too.
+    that it moves beyond its tensors. `more`: what else it gives; all gradients are there before its backward. It stands for `num_others` runs of the operations `others` too.
     """
 
     inputs: tuple[Tensor, ...]
@@ -82,3 +82,9 @@ class Operation:
     others: tuple[Operation, ...] = ()
     num_others: int = 0
     copies_grad: bool = False
+    more: tuple[Tensor, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """All that it gives."""
+        return (self.output, *self.more)

@@ -13,7 +13,7 @@ class Norm:
     """A norm over `groups` groups that have `num_elements` elements together, per token.
 
     `weight_width`: bytes per element of its weight, which trains where `is_trained`; `autocast` makes torch's own
-    LayerNorm run in float32; `is_fused`: one kernel that saves its input only.
+    LayerNorm run in float32; `is_fused`: one kernel that saves its input only; `is_own`: finefit's, of plain RMSNorms.
     """
 
     kind: str
@@ -23,9 +23,12 @@ class Norm:
     is_trained: bool
     autocast: bool
     is_fused: bool
+    is_own: bool = False
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         """The normalised x, in x's width unless the weight is wider."""
+        if self.is_own and self.kind == "rmsnorm":
+            return _own(self, tape, x)
         return _fused(self, tape, x) if self.is_fused else _NORMS[self.kind](self, tape, x)
 
     def size(self, width: int) -> Size:
@@ -114,6 +117,30 @@ def _wide_layer_norm(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
 def _fused(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
     size = per_token(x.width * norm.num_elements + FULL_WIDTH * norm.groups)
     return tape.run([x], size, x.width, saves=[x], weight_grad=norm.weight_grad())
+
+
+def _own(norm: Norm, tape: Tape, x: Tensor) -> Tensor:
+    """bench.fused.RootMeanSquareNorm: saves its input and a float32 factor per token.
+
+    The forward holds a float32 copy of a 16-bit x and its multiple, then the latter in 16 bits and the result. The
+    backward the product with x that is summed, and where the weight trains what its gradient is summed of.
+    """
+    width, is_narrow = max(x.width, norm.weight_width), x.width < FULL_WIDTH
+    squares = FULL_WIDTH * (2 if is_narrow else 1)
+    factor = tape.run([x], norm.statistic(), FULL_WIDTH, temp=norm.size(squares))
+    factor.needs_grad = False
+    narrowed = squares + x.width - width if is_narrow else 0
+    sums = width + (x.width if norm.is_trained else 0)
+    scaled = squares + x.width - width if norm.is_trained and is_narrow else 0
+    return tape.run(
+        [x, factor],
+        norm.size(width),
+        width,
+        saves=[x, factor],
+        temp=norm.size(max(FULL_WIDTH, narrowed)),
+        grad_temp=norm.size(max(sums, scaled)),
+        weight_grad=norm.weight_grad(),
+    )
 
 
 _NORMS: dict[str, Callable[[Norm, Tape, Tensor], Tensor]] = {

@@ -81,7 +81,9 @@ class TrainSetup:
     optimizer_in_backward: bool = _doc("step and free each gradient in the backward", False)
     attention: str = _doc("attention kernel", "sdpa")
     loss: str = _doc("full logits, chunked, or fused with the head", "full")
-    kernels: str = _doc("plain torch, fused Triton kernels, or Liger", "plain")
+    kernels: str = _doc(
+        "plain torch's, fused (finefit's own; Triton's of a named stack), or Liger's", "plain"
+    )
     compile: bool = _doc("torch.compile of each layer", False)
     stack: str | None = _doc("versions whose behaviour is predicted (default: the newest known)", None)
     num_gpus: int = _doc("GPUs of all nodes together", 1)
@@ -158,6 +160,11 @@ class TrainSetup:
         stack has its own ways.
         """
         return self.padding_free and self.stack is None
+
+    @property
+    def runs_own_kernels(self) -> bool:
+        """Whether the fused kernels are finefit's own (bench.fused); those of a named stack are Triton's."""
+        return self.kernels == "fused" and self.stack is None
 
     @property
     def global_batch_text(self) -> str:

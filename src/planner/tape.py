@@ -222,6 +222,15 @@ class Tape:
         )
         return output
 
+    def also(self, sizes: Sequence[Size]) -> list[Tensor]:
+        """What the last operation gives beside its output."""
+        op = self.operations[-1]
+        index, first = len(self.operations) - 1, op.output
+        op.more = tuple(
+            Tensor(size, first.width, first.category, first.needs_grad, last_use=index) for size in sizes
+        )
+        return [*op.more]
+
     def part(self, base: Tensor, size: Size) -> Tensor:
         """A part of `base` (a split's output): no memory of its own, but a gradient of its own `size`."""
         output = self.run([base], ZERO, base.width, category=base.category)
@@ -330,20 +339,24 @@ class Tape:
                 return index + 1 if op.output in op.saves else index
         return 0
 
+    def _end_of(self, out: Tensor, keep_saved: bool) -> int:
+        """The last operation of the forward that a tensor lives through."""
+        end = len(self.operations) - 1 if out.is_kept else out.last_use
+        return max(end, out.graph_use) if keep_saved else end
+
     def _forward(self, *, keep_saved: bool) -> tuple[list[Snapshot], list[Size]]:
         live = [ZERO] * 4
         dying: dict[int, list[Tensor]] = {}
         snapshots: list[Snapshot] = []
         for index, op in enumerate(self.operations):
-            out = op.output
-            live[out.category] = add(live[out.category], out.size)
+            for out in op.outputs:
+                live[out.category] = add(live[out.category], out.size)
             moment = (live[0], live[1], live[2], live[3])
             snapshots.append(moment if op.temp is ZERO else with_at(moment, WORKSPACE, op.temp))
-            stays = out.is_cached or (keep_saved and out.saved_until >= 0)
-            if not stays and index < len(self.operations) - 1:
-                end = len(self.operations) - 1 if out.is_kept else out.last_use
-                end = max(end, out.graph_use) if keep_saved else end
-                dying.setdefault(end, []).append(out)
+            for out in op.outputs:
+                stays = out.is_cached or (keep_saved and out.saved_until >= 0)
+                if not stays and index < len(self.operations) - 1:
+                    dying.setdefault(self._end_of(out, keep_saved), []).append(out)
             for tensor in dying.pop(index, ()):
                 live[tensor.category] = add(live[tensor.category], scale(tensor.size, -1))
         last = self.operations[-1].output

@@ -111,7 +111,7 @@ class _Sum:
         for op in reversed(operations):
             if op.others:
                 self._repeat(op.num_others, _Sum.backward, op.others)
-            if id(op.output) not in arrived:
+            if not any(id(output) in arrived for output in op.outputs):
                 continue
             wanted = [t for t in op.inputs if t.needs_grad]
             self._backward(op, wanted)
@@ -142,7 +142,8 @@ class _Sum:
         self._move(op.traffic)
         if op.product is not None:
             weight = constant(op.product.weight_bytes)
-            self._multiply(op, [t.gradient for t in op.inputs] + [op.output.size, weight], 1.0)
+            sizes = [t.gradient for t in op.inputs] + [t.size for t in op.outputs]
+            self._multiply(op, [*sizes, weight], 1.0)
         elif not is_view:
             self._move(op.output.size)
             for tensor in op.inputs:
@@ -179,7 +180,7 @@ class _Sum:
         self._launch(len(wanted) + (op.weight_grad != ZERO))
 
     def _product_gradients(self, op: Operation, product: Product, wanted: Sequence[Tensor]) -> None:
-        inputs, out = [t.gradient for t in op.inputs], op.output.gradient
+        inputs, out = [t.gradient for t in op.inputs], sum_of(t.gradient for t in op.outputs)
         if product.backward is not None:
             if product.backward:
                 self._multiply(op, [*inputs, out, *(t.gradient for t in wanted)], product.backward)

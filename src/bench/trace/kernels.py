@@ -1,8 +1,9 @@
 """Fused Triton kernels as stand-ins: each allocates and saves what the kernel's autograd function does.
 
-`kernels: fused` is the set of fms-acceleration's foak plugin (RMSNorm, rotary embedding and cross-entropy, written
-by Unsloth); `kernels: liger` what Liger's patches of a family replace (liger_kernel 0.8.5,
-transformers/monkey_patch.py); `loss: fused` Liger's fused linear cross-entropy.
+`kernels: fused` of a named stack is the set of fms-acceleration's foak plugin (RMSNorm, rotary embedding and
+cross-entropy, written by Unsloth), else finefit's own, which are traced themselves; `kernels: liger` what Liger's
+patches of a family replace (liger_kernel 0.8.5, transformers/monkey_patch.py); `loss: fused` Liger's fused linear
+cross-entropy.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 import bench.loss
 from bench.build import inner_model
+from bench.fused import fuse
 from planner.errors import NotModelledError
 from planner.setup import TrainSetup
 from planner.stack import parse_stack
@@ -61,6 +63,12 @@ def fused_kernels(setup: TrainSetup, model: nn.Module) -> Iterator[None]:
     """
     fusion = _fusion(setup, inner_model(model).config.get_text_config().model_type)
     with ExitStack() as stack:
+        if setup.runs_own_kernels:
+            for modeling in (sys.modules[name] for name in _rotary_modules(model)):
+                # replaced in the whole file: it is put back
+                kept = modeling.apply_rotary_pos_emb
+                stack.enter_context(mock.patch.object(modeling, "apply_rotary_pos_emb", kept))
+            fuse(model)
         if fusion is not None:
             _fuse_modules(model, fusion)
             if setup.quant:
@@ -68,7 +76,7 @@ def fused_kernels(setup: TrainSetup, model: nn.Module) -> Iterator[None]:
             for module_name in _rotary_modules(model) if fusion.rope else ():
                 modeling = sys.modules[module_name]
                 stack.enter_context(mock.patch.object(modeling, "apply_rotary_pos_emb", rotary))
-        if setup.kernels == "fused":
+        if setup.kernels == "fused" and not setup.runs_own_kernels:
             stack.enter_context(mock.patch.object(functional, "cross_entropy", cross_entropy))
         if setup.loss == "fused":
             linear = _linear_cross_entropy(widens=_is_foak(setup))
@@ -77,7 +85,7 @@ def fused_kernels(setup: TrainSetup, model: nn.Module) -> Iterator[None]:
 
 
 def _fusion(setup: TrainSetup, family: str) -> Fusion | None:
-    if setup.kernels == "plain":
+    if setup.kernels == "plain" or setup.runs_own_kernels:
         return None
     if setup.kernels == "fused" or _is_foak(setup):
         return FOAK

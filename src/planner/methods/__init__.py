@@ -112,7 +112,7 @@ class Method:
     one module, in the order of PEFT's parameters; `adapt` records what that module then runs (planner.linears). `has_rank`: the setup's rank
     and alpha say how large that is. `whole(model, num_virtual_tokens)`: what it adds to the model itself; `lengthens`: rows grow
     by those tokens, whose gradient reaches the first layer's input; `prefixes`: each layer's keys and values do, out of a cache. `folds`: it can adapt parameters that hold all experts. `splits`: its tensors can be split
-    over ranks as planner.sharding has it.
+    over ranks as planner.sharding has it. `is_low_rank_sum`: an adapted module gives W x + s B A x, no more.
 
     `peft_config(setup, find_matrices)` is what PEFT must be told, None where the model's own weights train. PEFT's
     parameters whose names contain one of `frozen` don't train; the gradient of one of `zero_at_first` is zero in the
@@ -140,6 +140,7 @@ class Method:
     prefixes: bool = False
     folds: bool = False
     splits: bool = False
+    is_low_rank_sum: bool = False
     peft_config: Callable[[TrainSetup, FindMatrices], PeftCall | None] = no_peft
     frozen: tuple[str, ...] = ()
     zero_at_first: tuple[str, ...] = ()

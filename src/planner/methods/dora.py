@@ -112,6 +112,7 @@ METHOD = replace(
     name="dora",
     summary="LoRA with a trained magnitude for each output; slower, nearer to full fine-tuning",
     parts=parts,
+    is_low_rank_sum=False,
     adapt=adapt,
     folds=False,
     splits=False,

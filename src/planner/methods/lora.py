@@ -85,6 +85,7 @@ METHOD = Method(
     has_rank=True,
     folds=True,
     splits=True,
+    is_low_rank_sum=True,
     peft_config=peft_config,
     zero_at_first=ZERO_AT_FIRST,
     learning_rate=2e-4,
