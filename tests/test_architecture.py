@@ -97,7 +97,7 @@ LAYERS = (
     ("memory", "throughput", "uncertainty", "calibration"),
     ("timing",),
     ("estimate",),
-    ("run_time", "places", "quality", "tactics", "sizing", "kept_traces"),
+    ("run_time", "places", "quality", "tactics", "sizing", "kept_traces", "gains"),
     ("fitting",),
     ("search", "fits", "by_length", "accuracy", "export", "costs", "options", "speed_accuracy"),
     ("needs", "facts", "render_estimate", "cli_options", "optimise", "coverage", "cost_options", "claims"),

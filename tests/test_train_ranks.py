@@ -81,15 +81,17 @@ class Case(NamedTuple):
         return "-".join([self.sharding, *map(str, self.changes.values())])
 
 
+FASTEST = {"method": "lora", "padding_free": True, "kernels": "fused", "loss": "chunked"}
 CASES = [
     Case("DistributedDataParallel", "ddp", {"method": "full", "loss": "chunked", "packing": True}),
     Case("DistributedDataParallel", "ddp", {"method": "qlora"}),
     Case("FSDPLossModule", "fsdp", {"method": "full", "checkpointing": "full"}),
     Case("FSDPLossModule", "fsdp", {"method": "qlora"}),
+    Case("FSDPLossModule", "fsdp", FASTEST),
     Case("DeepSpeedEngine, stage 1", "zero1", {"method": "lora"}),
     Case("DeepSpeedEngine, stage 2", "zero2", {"method": "full"}),
     Case("DeepSpeedEngine, stage 3", "zero3", {"method": "full"}),
-    Case("DeepSpeedEngine, stage 3", "zero3", {"method": "lora"}),
+    Case("DeepSpeedEngine, stage 3", "zero3", FASTEST),
 ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from planner.errors import NotModelledError, SetupError
-from planner.families import attentions
+from planner.families import attentions, joins_rows
 from planner.methods import check_method, find_method, peak_learning_rate
 from planner.optimizers import find_optimizer
 from planner.setup import TrainSetup
@@ -107,18 +107,32 @@ def check(setup: TrainSetup, machine: Machine, model: ModelSpec) -> None:
             "attention",
             f"transformers has no {setup.attention} for {model.name}; use {' or '.join(able)}",
         )
-    _check_windows(setup, model)
-    scale = next((name for name in LOGIT_SCALES if model.config.get(name) not in (None, 1)), None)
+    _check_joined(setup, model)
+    scale = scaled_logits(model)
     if setup.loss != "full" and scale is not None:
         raise SetupError(
             "loss", f"{setup.loss} doesn't work on {model.name}: it scales its logits ({scale}); use full"
         )
 
 
-def _check_windows(setup: TrainSetup, model: ModelSpec) -> None:
+def scaled_logits(model: ModelSpec) -> str | None:
+    """config.json's key by which the model multiplies its logits; None where it doesn't."""
+    return next((name for name in LOGIT_SCALES if model.config.get(name) not in (None, 1)), None)
+
+
+def shortest_window(model: ModelSpec) -> int | None:
+    """Of its layers' sliding windows, in tokens."""
+    return min((layer.window for layer in model.layers if layer.window), default=None)
+
+
+def _check_joined(setup: TrainSetup, model: ModelSpec) -> None:
     """torch's attention, which takes each document by itself, has no window without a mask."""
-    shortest = min((layer.window for layer in model.layers if layer.window), default=None)
-    if setup.joins_rows and setup.attention == "sdpa" and shortest and shortest < setup.seq_len:
+    if not setup.joins_rows or setup.attention != "sdpa":
+        return
+    if not model.is_traced and not joins_rows(model):
+        raise SetupError("padding_free", f"{model.name}: its layers can't take each document by itself")
+    shortest = shortest_window(model)
+    if shortest and shortest < setup.seq_len:
         raise SetupError(
             "padding_free", f"{model.name} has a window of {shortest} tokens, less than seq_len; use packing"
         )

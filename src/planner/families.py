@@ -54,6 +54,14 @@ def takes_attention(model: ModelSpec) -> bool:
     return not (model.is_traced or family(model.family).get("calls_own_attention", False))
 
 
+def joins_rows(model: ModelSpec) -> bool:
+    """Whether finefit can run documents that are joined in one row, each by itself: by its attention, and no layer remembers."""
+    if model.architecture != "decoder" or not takes_attention(model):
+        return False
+    attends = all(layer.mixer == "softmax" for layer in model.layers)
+    return attends and not family(model.family).get("chunks_attention", False)
+
+
 def block(name: str) -> Mapping[str, Any]:
     """A named block of families.toml: its matrices and its `vectors` expression."""
     try:

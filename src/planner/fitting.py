@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.errors import NotModelledError, SetupError
+from planner.gains import gains
+from planner.lengths import DataLengths
 from planner.methods import find_method
 from planner.quality import RANKS, Rung
 from planner.results import Estimate, Fit, Time
@@ -21,7 +23,7 @@ from planner.run_time import time_of_step
 from planner.setup import TrainSetup
 from planner.sizing import Sizer, Tally
 from planner.specs import Machine, ModelSpec
-from planner.tactics import Block, blocks, spots
+from planner.tactics import Block, Spot, blocks, spots
 from planner.units import format_bytes
 
 ENOUGH_TOKENS = 16_384
@@ -63,9 +65,15 @@ class Misfit:
 class Fitter:
     """Answers rungs and machines for one model and one user's wishes."""
 
-    def __init__(self, model: ModelSpec, wishes: Mapping[str, Any], wanted_rank: int) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        wishes: Mapping[str, Any],
+        wanted_rank: int,
+        lengths: DataLengths | None = None,
+    ) -> None:
         """`wishes` are TrainSetup fields that hold for all; `wanted_rank` is tried first, lower ones after it."""
-        self.model, self.wishes, self.wanted_rank = model, wishes, wanted_rank
+        self.model, self.wishes, self.wanted_rank, self.lengths = model, wishes, wanted_rank, lengths
         self.tally = Tally()
         self.sizer = Sizer(model, self.tally)
         self._times: dict[Hashable, Time | None] = {}
@@ -136,19 +144,24 @@ class _Family:
     def __init__(self, fitter: Fitter, rung: Rung, machine: Machine, shape: BatchShape) -> None:
         self.fitter, self.rung, self.machine, self.shape = fitter, rung, machine, shape
         wishes = fitter.wishes
-        self.blocks = [
-            list(blocks(rung.method, machine, spot, wishes)) for spot in spots(rung.method, machine, wishes)
-        ]
         self.fields = {
             "seq_len": shape.seq_len,
             "packing": shape.is_packed,
             "num_gpus": machine.num_gpus,
             **rung.fields(machine.gpu),
         }
+        self.blocks = [
+            list(blocks(rung.method, machine, spot, wishes, self._gains(spot)))
+            for spot in spots(rung.method, machine, wishes)
+        ]
         self.key = (rung.name, shape, *self.fields.items(), wishes.get("attention"))
         self.per_rank = max(1, shape.global_batch // machine.num_gpus)
         self.missed: list[Estimate] = []
         self.errors: list[SetupError | NotModelledError] = []
+
+    def _gains(self, spot: Spot) -> dict[str, Any]:
+        fitter = self.fitter
+        return gains({**self.fields, **spot, **fitter.wishes}, fitter.model, fitter.lengths)
 
     @property
     def num_setups(self) -> int:

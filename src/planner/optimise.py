@@ -17,6 +17,7 @@ from planner.costs import CostWishes, cloud_terms, own_terms
 from planner.errors import DoesNotFitError, LimitError, UnknownNameError
 from planner.estimate import Estimator
 from planner.fitting import BatchShape, Fitted, Fitter, Misfit
+from planner.gains import describe_gains
 from planner.lengths import DataLengths
 from planner.money import Rates
 from planner.options import TOKENS_OF_A_RATE, Limits, Option, Out, Outcome, best, pareto
@@ -96,7 +97,7 @@ class _Search:
         method = self.wishes.get("method", "lora")
         targets, epochs = self.wishes.get("targets", "all-linear"), self.wishes.get("epochs", 1.0)
         self.rank = filling_rank(self.model, method, targets, question.lengths, epochs)
-        self.fitter = Fitter(self.model, self.wishes, self.rank)
+        self.fitter = Fitter(self.model, self.wishes, self.rank, question.lengths)
         self.misfits: list[Misfit] = []
         self._out: dict[str, Out] = {}
         self._within: set[str] = set()
@@ -279,6 +280,7 @@ def _reasons(chosen: Option, question: Question, search: _Search) -> Iterator[st
     source = next((rung.source for rung in RUNGS if rung == chosen.rung), chosen.rung.source)
     yield f"quality: rung {chosen.rung.level + 1} of {len(RUNGS)}; {source}"
     yield describe_batch(setup, question.lengths)
+    yield from describe_gains(setup, question.wishes)
     yield from describe_rates(setup, search.model, search.rank)
 
 

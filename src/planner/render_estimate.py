@@ -55,6 +55,7 @@ def describe_batch(setup: TrainSetup) -> str:
     """Batch and length in words."""
     accumulation = f" x {setup.grad_accum_steps} accumulated" if setup.grad_accum_steps > 1 else ""
     packing = ", packed" if setup.packing else ""
+    packing += ", without padding" if setup.padding_free else ""
     pairs = " pairs" if setup.objective in PAIRED else ""
     return f"{setup.micro_batch_size}{pairs}{accumulation}, {setup.seq_len} tokens each{packing}"
 

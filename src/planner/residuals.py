@@ -87,14 +87,16 @@ class Support:
 
 
 def kind_of(setup: TrainSetup) -> Kind:
-    """The kind of a setup; a stack that doesn't name transformers is another trainer with its own models."""
+    """The kind of a setup; a stack that doesn't name transformers is another trainer with its own models, and finefit's
+    fused kernels are none of those that were published.
+    """
     stack = (setup.stack or "transformers").lower()
     return Kind(
         stack="transformers" if "transformers" in stack else "other",
         sharding=setup.sharding,
         is_shared=setup.num_gpus > 1,
         method=setup.method,
-        kernels=setup.kernels,
+        kernels="own" if setup.runs_own_kernels else setup.kernels,
     )
 
 

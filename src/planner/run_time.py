@@ -1,7 +1,7 @@
 """A whole run's hours: steps of the lengths that the data really has, evaluations and saves, each as a range.
 
 A step is timed at the positions that its micro-batches have on average: without packing they are padded to their
-longest row only. What `finefit train` does by default is counted: an evaluation before and one after, ten saves, and
+longest row only, and joined rows have no padding; there each document attends to itself alone. What `finefit train` does by default is counted: an evaluation before and one after, ten saves, and
 with pairs of answers one pass for their reference.
 """
 
@@ -108,7 +108,7 @@ def run_time(
     if found is None:
         return None
     positions = positions_per_row(setup, lengths)
-    time = _step_time_at(setup, time, positions, machine, model)
+    time = _step_time_at(setup, time, positions, lengths, machine, model)
     held_out = 0 if lengths is None else held_out_rows(setup, lengths.num_rows)
     return RunTime(
         length=found,
@@ -133,19 +133,45 @@ def _length(setup: TrainSetup, lengths: DataLengths | None, tokens: float | None
 
 def positions_per_row(setup: TrainSetup, lengths: DataLengths | None) -> float:
     """Positions of one sequence of a micro-batch on average, padding included."""
-    if lengths is None or setup.packing or setup.compile:
+    if lengths is None or setup.compile:
+        return float(setup.seq_len)
+    if setup.joins_rows:
+        return lengths.kept_mean(setup.seq_len) / _documents_share(setup, lengths)
+    if setup.packing:
         return float(setup.seq_len)
     return lengths.padded_mean(setup.seq_len, setup.micro_batch_size * setup.sequences_per_row)
 
 
+def _documents_share(setup: TrainSetup, lengths: DataLengths) -> float:
+    """Sequences per row of the data."""
+    return lengths.packed_share(setup.seq_len) if setup.packing else 1.0
+
+
 def _step_time_at(
-    setup: TrainSetup, time: Time | None, positions: float, machine: Machine, model: ModelSpec
+    setup: TrainSetup,
+    time: Time | None,
+    positions: float,
+    lengths: DataLengths | None,
+    machine: Machine,
+    model: ModelSpec,
 ) -> Time | None:
     """The time of a step whose sequences have that many positions."""
-    seq_len = max(1, round(positions))
-    if time is None or seq_len == setup.seq_len:
+    if time is None or lengths is None:
         return time
-    return time_of_step(setup.with_(seq_len=seq_len), machine, model)
+    if setup.packing and setup.joins_rows:
+        return _time_of_documents(setup, lengths, machine, model)
+    seq_len = max(1, round(positions))
+    return time if seq_len == setup.seq_len else time_of_step(setup.with_(seq_len=seq_len), machine, model)
+
+
+def _time_of_documents(
+    setup: TrainSetup, lengths: DataLengths, machine: Machine, model: ModelSpec
+) -> Time | None:
+    """The same of as many documents as fill the sequences of a micro-batch, none longer than the mean."""
+    seq_len = max(1, round(lengths.kept_mean(setup.seq_len)))
+    num_documents = max(1, round(setup.micro_batch_size / lengths.packed_share(setup.seq_len)))
+    alike = setup.with_(packing=False, micro_batch_size=num_documents, seq_len=seq_len)
+    return time_of_step(alike, machine, model)
 
 
 def time_of_step(setup: TrainSetup, machine: Machine, model: ModelSpec) -> Time | None:

@@ -1,13 +1,15 @@
 """What makes a run fit without changing what it learns: recomputing, chunking, smaller states, sharing, offloading.
 
 Each gives something up for memory: time, exactness of the optimizer's states, or another library. They are tried in
-this order, and what is given up is never taken where a run fits at its largest micro-batch without.
+this order, and what is given up is never taken where a run fits at its largest micro-batch without. What gives nothing
+up is not among them (planner.gains).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from planner.methods import can_run, find_method
@@ -69,26 +71,36 @@ def spots(method: str, machine: Machine, wishes: Mapping[str, Any]) -> list[Spot
     return agreeing or [wished]
 
 
-def blocks(method: str, machine: Machine, spot: Spot, wishes: Mapping[str, Any]) -> Iterator[Block]:
-    """By optimizer, the exact one first; each block holds every way to recompute and to make the loss."""
+def blocks(
+    method: str,
+    machine: Machine,
+    spot: Spot,
+    wishes: Mapping[str, Any],
+    gained: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[Block]:
+    """By optimizer, the exact one first; each block holds every way to recompute and to make the loss.
+
+    `gained`: fields that are better so in this spot (planner.gains); a loss among them takes the place of all logits.
+    """
     choices = [
         {"checkpointing": checkpointing, "loss": loss}
         for checkpointing in _open("checkpointing", CHECKPOINTING, wishes)
-        for loss in _open("loss", _losses(machine), wishes)
+        for loss in _open("loss", _losses(machine, gained), wishes)
     ]
     # Where the wishes leave nothing that the method runs, its refusal says why.
     possible = [choice for choice in choices if can_run(method, **choice)] or choices
     for states in _states(method, machine, spot, wishes):
-        yield Block(spot, tuple({**spot, **states, **choice} for choice in possible))
+        yield Block(spot, tuple({**spot, **states, **gained, **choice} for choice in possible))
 
 
 def _open(name: str, values: Sequence[str], wishes: Mapping[str, Any]) -> tuple[Any, ...]:
     return (wishes[name],) if name in wishes else tuple(values)
 
 
-def _losses(machine: Machine) -> tuple[str, ...]:
+def _losses(machine: Machine, gained: Mapping[str, Any]) -> tuple[str, ...]:
     """Liger's kernel needs a GPU."""
-    return LOSSES if machine.gpu.backend != "cpu" else LOSSES[:2]
+    possible = LOSSES if machine.gpu.backend != "cpu" else LOSSES[:2]
+    return possible[possible.index(gained["loss"]) :] if "loss" in gained else possible
 
 
 def _states(
