@@ -229,13 +229,23 @@ def _norm_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight = module.weight
-        if x.is_cuda and x.dtype == weight.dtype:
-            # torch's own is one kernel there each way; it rounds after the weight, not before it too
-            return functional.rms_norm(x, weight.shape, weight, epsilon)
+        if is_on_cuda(x) and x.dtype == weight.dtype:
+            return cuda_norm(x, weight, epsilon)
         found: torch.Tensor = RootMeanSquareNorm.apply(x, weight, epsilon)
         return found
 
     return forward
+
+
+def is_on_cuda(x: torch.Tensor) -> bool:
+    """Whether CUDA's kernels run on it."""
+    return bool(x.is_cuda)
+
+
+def cuda_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float | None) -> torch.Tensor:
+    """torch's own, one kernel there each way; it rounds after the weight, not before it too."""
+    found: torch.Tensor = functional.rms_norm(x, weight.shape, weight, epsilon)
+    return found
 
 
 class RootMeanSquareNorm(torch.autograd.Function):  # type: ignore[misc]

@@ -126,7 +126,7 @@ def plain_head(inner: Any) -> tuple[nn.Linear, float | None]:
     config = inner.config.get_text_config()
     scale = next((n for n in _LOGIT_SCALES if getattr(config, n, None) not in (None, 1, 1.0)), None)
     # FSDP2 makes a class of its own of what it wraps
-    is_plain = type(head) is nn.Linear or isinstance(head, nn.Linear) and isinstance(head, FSDPModule)
+    is_plain = type(head) is nn.Linear or (isinstance(head, nn.Linear) and isinstance(head, FSDPModule))
     if not is_plain or scale:
         reason = f"its logits are scaled ({scale})" if scale else "its head is no plain linear layer"
         raise SetupError("loss", f"chunked and fused don't work on this model: {reason}; use full")

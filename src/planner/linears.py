@@ -118,10 +118,15 @@ class Linears:
             weight_width=recipe.norm,
             is_trained=recipe.trains_base,
             autocast=recipe.autocast,
-            is_fused=recipe.fused,
+            is_fused=recipe.fused or (recipe.own and self._has_cuda_norm(x, kind)),
             is_own=recipe.own,
         )
         return norm(self.tape, x)
+
+    def _has_cuda_norm(self, x: Tensor, kind: str) -> bool:
+        """Whether finefit's norm is torch's own, of CUDA."""
+        recipe = self.recipe
+        return kind == "rmsnorm" and recipe.on_gpu and x.width == recipe.norm
 
     def cast(self, x: Tensor, width: int, num_elements: float) -> Tensor:
         """x.to(dtype): nothing where it has that width already."""

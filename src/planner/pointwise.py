@@ -27,9 +27,11 @@ class Norm:
 
     def __call__(self, tape: Tape, x: Tensor) -> Tensor:
         """The normalised x, in x's width unless the weight is wider."""
+        if self.is_fused:
+            return _fused(self, tape, x)
         if self.is_own and self.kind == "rmsnorm":
             return _own(self, tape, x)
-        return _fused(self, tape, x) if self.is_fused else _NORMS[self.kind](self, tape, x)
+        return _NORMS[self.kind](self, tape, x)
 
     def size(self, width: int) -> Size:
         """One tensor like x with `width` bytes per element."""

@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn.attention import varlen
 
 import bench.attention
+import bench.fused
 from bench.build import inner_model
 from bench.trace.attention import documents_attention, flash_attention
 from bench.trace.caches import shaped_caches
-from bench.trace.kernels import fused_kernels
+from bench.trace.kernels import cuda_norm, fused_kernels
 from bench.trace.mamba import (
     FULL,
     chunk_scan,
@@ -51,18 +52,20 @@ def device_kernels(setup: TrainSetup, model: nn.Module, on_gpu: bool) -> Iterato
         stack.enter_context(shaped_caches())
         if on_gpu:
             stack.enter_context(scan_kernels(model))
-            stack.enter_context(_cuda_documents())
+            stack.enter_context(_cuda_kernels())
         yield
 
 
 @contextmanager
-def _cuda_documents() -> Iterator[None]:
+def _cuda_kernels() -> Iterator[None]:
     """Fake tensors say that they are the CPU's."""
     own = {"has_slow_backward": lambda query: False, "has_flash": lambda device: True}
     with ExitStack() as stack:
         for name, answer in own.items():
             stack.enter_context(mock.patch.object(bench.attention, name, answer))
         stack.enter_context(mock.patch.object(varlen, "varlen_attn", documents_attention))
+        stack.enter_context(mock.patch.object(bench.fused, "is_on_cuda", lambda x: True))
+        stack.enter_context(mock.patch.object(bench.fused, "cuda_norm", cuda_norm))
         yield
 
 
