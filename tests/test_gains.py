@@ -33,13 +33,14 @@ LLAMA = {
 }
 GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300}
 ALL = {"padding_free": True, "kernels": "fused", "loss": "chunked"}
+PROCESSOR = replace(find_gpu("RTX 4090"), name="cpu", backend="cpu")
 ROWS = DataLengths.of([40, 90, 200, 700], num_rows=400, source="a test")
 
 
 def planned(
     config: dict[str, Any] = LLAMA, gpu: str = "RTX 4090", lengths: DataLengths | None = ROWS, **wishes: Any
 ) -> TrainSetup:
-    profile = replace(find_gpu("RTX 4090"), name="cpu", backend="cpu") if gpu == "cpu" else find_gpu(gpu)
+    profile = PROCESSOR if gpu == "cpu" else find_gpu(gpu)
     machine = Machine(gpu=profile, free_bytes=20 * GIB)
     model = model_spec(config)
     return plan({"model": config, **wishes}, machine, lengths=lengths, model=model).estimate.setup
@@ -61,6 +62,8 @@ def test_a_plan_has_them_where_they_apply(gpu: str, wishes: dict[str, Any]) -> N
         ({"padding_free"}, LLAMA, {"lengths": None}),
         ({"padding_free"}, LLAMA, {"lengths": DataLengths.of([512, 512], num_rows=9, source=""), "seq_len": 512}),
         ({"padding_free"}, LLAMA, {"attention": "eager"}),
+        ({"padding_free"}, LLAMA, {"weights_dtype": "float32"}),
+        ({"padding_free", "kernels"}, LLAMA, {"gpu": "T4"}),
         ({"padding_free"}, {**LLAMA, "model_type": "mistral", "sliding_window": 256}, {}),
         ({"padding_free"}, {**LLAMA, "model_type": "stablelm"}, {}),
         ({"padding_free"}, LLAMA, {"method": "prompt"}),
@@ -131,7 +134,8 @@ def test_what_is_chosen_for_a_family_is_what_it_runs(
         model=config, from_scratch=True, weights_dtype="float32", checkpointing="none", seq_len=32
     )
     lengths = DataLengths.of([5, 9], num_rows=2, source="")
-    found = gains({"model": config, "seq_len": 32, "weights_dtype": "float32"}, model_spec(config), lengths)
+    fields = {"model": config, "seq_len": 32, "weights_dtype": "float32"}
+    found = gains(fields, model_spec(config), PROCESSOR, lengths)
     model = build_model(plain)
     modeling = __import__("sys").modules[type(inner_model(model)).__module__]
     if hasattr(modeling, "apply_rotary_pos_emb"):

@@ -161,7 +161,7 @@ class _Family:
 
     def _gains(self, spot: Spot) -> dict[str, Any]:
         fitter = self.fitter
-        return gains({**self.fields, **spot, **fitter.wishes}, fitter.model, fitter.lengths)
+        return gains({**self.fields, **spot, **fitter.wishes}, fitter.model, self.machine.gpu, fitter.lengths)
 
     @property
     def num_setups(self) -> int:

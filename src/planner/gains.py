@@ -15,9 +15,9 @@ from planner.errors import SetupError
 from planner.families import joins_rows
 from planner.lengths import DataLengths
 from planner.methods import can_run, find_method
-from planner.own_kernels import knows_gate
+from planner.own_kernels import knows_gate, takes_documents
 from planner.setup import TrainSetup
-from planner.specs import ModelSpec
+from planner.specs import GpuProfile, ModelSpec
 
 MEASURED = "reports/speed.md"
 OBJECTIVES = ("sft", "pretrain")
@@ -27,20 +27,43 @@ SHARDINGS = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is asked for: a setup on a kind of card, and what is known of the rows."""
+
+    setup: TrainSetup
+    model: ModelSpec
+    gpu: GpuProfile
+    lengths: DataLengths | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gain:
-    """A value of a field; `applies(setup, model, lengths)` says where it can be run and has something to do."""
+    """A value of a field; `applies` says where it can be run and has something to do."""
 
     field: str
     value: Any
-    applies: Callable[[TrainSetup, ModelSpec, DataLengths | None], bool]
+    applies: Callable[[Case], bool]
     why: str
 
 
-def _joins(setup: TrainSetup, model: ModelSpec, lengths: DataLengths | None) -> bool:
+def _joins(case: Case) -> bool:
+    setup, model = case.setup, case.model
     can_be_run = setup.attention == "sdpa" and not setup.compile and can_run(setup.method, padding_free=True)
     window = shortest_window(model)
     is_exact = joins_rows(model) and (window or setup.seq_len) >= setup.seq_len
-    return can_be_run and is_exact and (setup.packing or _has_padding(setup, lengths))
+    has_gaps = setup.packing or _has_padding(setup, case.lengths)
+    return can_be_run and is_exact and has_gaps and _takes_documents(case)
+
+
+def _takes_documents(case: Case) -> bool:
+    """Whether attention takes documents fast: on processors, and as flash does; without it torch is left with products that
+    hold all scores, or with copies.
+    """
+    if case.gpu.backend == "cpu":
+        return True
+    is_narrow = (case.setup.autocast or case.setup.weights_dtype) != "float32"
+    heads = all(takes_documents(layer.head_dim, layer.value_head_dim) for layer in case.model.layers)
+    return case.gpu.flash_attention and is_narrow and heads
 
 
 def _has_padding(setup: TrainSetup, lengths: DataLengths | None) -> bool:
@@ -48,8 +71,8 @@ def _has_padding(setup: TrainSetup, lengths: DataLengths | None) -> bool:
     return lengths is not None and lengths.kept_mean(setup.seq_len) < min(setup.seq_len, lengths.longest)
 
 
-def _fuses(setup: TrainSetup, model: ModelSpec, lengths: DataLengths | None) -> bool:
-    return not setup.compile and setup.autocast is None and _knows_parts(setup, model)
+def _fuses(case: Case) -> bool:
+    return not case.setup.compile and case.setup.autocast is None and _knows_parts(case.setup, case.model)
 
 
 def _knows_parts(setup: TrainSetup, model: ModelSpec) -> bool:
@@ -64,7 +87,8 @@ def _knows_parts(setup: TrainSetup, model: ModelSpec) -> bool:
     return any(layer.norm == "rmsnorm" for layer in model.layers) or any(gates)
 
 
-def _chunks(setup: TrainSetup, model: ModelSpec, lengths: DataLengths | None) -> bool:
+def _chunks(case: Case) -> bool:
+    setup, model = case.setup, case.model
     is_plain = model.head is not None and not (model.scales_logits or model.shifts_logits)
     return (
         is_plain
@@ -101,7 +125,9 @@ GAINS: tuple[Gain, ...] = (
 )
 
 
-def gains(fields: Mapping[str, Any], model: ModelSpec, lengths: DataLengths | None = None) -> dict[str, Any]:
+def gains(
+    fields: Mapping[str, Any], model: ModelSpec, gpu: GpuProfile, lengths: DataLengths | None = None
+) -> dict[str, Any]:
     """Fields of a TrainSetup that are better so; none of those that `fields` names, and none where these contradict
     each other.
     """
@@ -115,7 +141,8 @@ def gains(fields: Mapping[str, Any], model: ModelSpec, lengths: DataLengths | No
     is_run = setup.sharding in SHARDINGS and setup.offload == "none" and setup.stack is None
     if not is_run or setup.objective not in OBJECTIVES:
         return {}
-    found = (gain for gain in open_gains if gain.applies(setup, model, lengths))
+    case = Case(setup=setup, model=model, gpu=gpu, lengths=lengths)
+    found = (gain for gain in open_gains if gain.applies(case))
     return {gain.field: gain.value for gain in found}
 
 

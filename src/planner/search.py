@@ -92,7 +92,9 @@ def plan(
     rejected: list[Rejected] = []
     errors: list[SetupError | NotModelledError] = []
     fixed = {"seq_len": shape.seq_len, "micro_batch_size": 1, "packing": shape.is_packed}
-    for candidate in _candidates(wishes, machine, lambda fields: gains({**fields, **fixed}, model, lengths)):
+    for candidate in _candidates(
+        wishes, machine, lambda fields: gains({**fields, **fixed}, model, machine.gpu, lengths)
+    ):
         try:
             estimator = Estimator(TrainSetup(**{**candidate.fields, **fixed}), machine, model)
             estimate = _largest(estimator, wishes, shape)
