@@ -232,7 +232,8 @@ def page(rows: Sequence[Row]) -> str:
 NOTES = (
     "What is off, and why:",
     "",
-    "* `kernels: fused`: the runs were finefit's own kernels, before their closed form and trace were written.",
+    "* `kernels: fused` with float32 adapters: such adapters were left to PEFT when the run was made, which kept float32 copies; one",
+    "  function computes them with their linears now, and that is what is predicted.",
     "* `packing`: each random row held one document, for which torch needs no mask; rows of several documents do, and that is",
     "  what is predicted. `finefit bench` packs two documents into each random row since.",
     "* `compile`: what a compiled layer keeps is counted as fused kernels keep it; it can't be traced.",
