@@ -20,6 +20,7 @@ pytest.importorskip("jinja2")
 
 from bench.cli import run
 from bench.jobs import FakeExecutor
+from bench.labels import describe, differing
 from bench.measure import measure
 from bench.protocol import StepProtocol
 from bench.report.content import Report
@@ -196,6 +197,16 @@ def test_runs_that_differ_in_anything_are_told_apart(swept, sketched):
     assert len(set(names)) == len(names) == 27 and "rank 64, weights_dtype float32" in names[2]
     speed = next(section.blocks[0] for section in report.sections if section.title == "Speed")
     assert "batch 1, rank 8, weights_dtype bfloat16: " in speed.alt and "2 more curves" in speed.alt
+
+
+def test_what_hardly_bears_on_a_step_is_named_only_where_nothing_else_differs():
+    plain = SETUP.with_(seed=1, data="/home/ada/rows.jsonl")
+    assert differing([plain, plain]) == ()
+    assert differing([plain, plain.with_(seed=2, rank=4)]) == ("rank",)
+    assert differing([plain, plain.with_(seed=2)]) == ("seed",)
+    three = [plain, plain.with_(rank=4), plain.with_(data="b.jsonl")]
+    assert differing(three) == ("data", "rank")
+    assert describe(three[0], differing(three)).endswith(f"data rows.jsonl, rank {plain.rank}")
 
 
 def test_a_setup_that_was_measured_often_is_shown_by_its_median_run(swept, sketched):

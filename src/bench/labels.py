@@ -10,12 +10,37 @@ from planner.setup import TrainSetup
 
 _ALWAYS = ("model", "method", "micro_batch_size", "grad_accum_steps", "seq_len")
 """What `describe` says of every setup."""
+_QUIET = frozenset(
+    [
+        "revision",
+        "tokenizer",
+        "from_scratch",
+        "data",
+        "eval_fraction",
+        "dpo_beta",
+        "learning_rate",
+        "schedule",
+        "warmup_steps",
+        "epochs",
+        "max_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "seed",
+    ]
+)
+"""Fields that hardly bear on a step's time or memory: named only where nothing else tells two setups apart."""
 
 
 def differing(setups: Iterable[TrainSetup]) -> tuple[str, ...]:
-    """The fields in which some of the setups differ, in TrainSetup's order."""
+    """The fields that tell the setups apart, in TrainSetup's order."""
     kept = list(setups)
-    return tuple(name for name in FIELDS if len({repr(getattr(setup, name)) for setup in kept}) > 1)
+    values = {name: [repr(getattr(setup, name)) for setup in kept] for name in FIELDS}
+    found = tuple(name for name in FIELDS if len(set(values[name])) > 1)
+    loud = tuple(name for name in found if name not in _QUIET)
+    as_many = {
+        names: len(set(zip(*(values[name] for name in names), strict=True))) for names in (found, loud)
+    }
+    return loud if as_many[loud] == as_many[found] else found
 
 
 def describe(setup: TrainSetup, differences: Sequence[str] = ()) -> str:
@@ -28,7 +53,13 @@ def describe(setup: TrainSetup, differences: Sequence[str] = ()) -> str:
 
 def describe_rest(setup: TrainSetup, differences: Sequence[str]) -> list[str]:
     """The values of fields that differ, but for those that `describe` always says."""
-    return [f"{name} {printable(str(getattr(setup, name)))}" for name in differences if name not in _ALWAYS]
+    return [f"{name} {_value(setup, name)}" for name in differences if name not in _ALWAYS]
+
+
+def _value(setup: TrainSetup, name: str) -> str:
+    """A field's value in a few words; of a path its last part."""
+    text = printable(str(getattr(setup, name)))
+    return text.rpartition("/")[2] if name == "data" else text
 
 
 def describe_series(setup: TrainSetup, differences: Sequence[str]) -> str:
