@@ -271,7 +271,7 @@ def steps_figure(
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
         if from_zero:
-            axes.set_ylim(0, None)
+            axes.set_ylim(0, 1.1 * max(y for points in kept.values() for _, y in points) or 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend_below(axes)
 

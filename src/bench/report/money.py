@@ -118,6 +118,8 @@ def _cheapest(offers: Sequence[Offer], what: str) -> Table | None:
 def _own_is_unknown(table: CostTable) -> str:
     """Why the own machine is in no picture, and what would put it there."""
     run_s = table.own.run_s
+    if table.estimate.fit.verdict == "does-not-fit":
+        return "Your own machine's cost is left out: by the prediction the setup doesn't fit there."
     if run_s is None:
         return "Your own machine's cost is unknown, since its speed isn't known: finefit machine measures it."
     return (
