@@ -200,7 +200,7 @@ def test_runs_that_differ_in_anything_are_told_apart(swept, sketched):
 
 
 def test_what_hardly_bears_on_a_step_is_named_only_where_nothing_else_differs():
-    plain = SETUP.with_(seed=1, data="/home/ada/rows.jsonl")
+    plain = SETUP.with_(seed=1, data="folder/rows.jsonl")
     assert differing([plain, plain]) == ()
     assert differing([plain, plain.with_(seed=2, rank=4)]) == ("rank",)
     assert differing([plain, plain.with_(seed=2)]) == ("seed",)
