@@ -14,6 +14,9 @@ KEPT = ("weights", "adapters", "optimizer")
 REST = ("gradients", "activations", "logits", "workspace")
 """Terms that come and go; measured as what the peak holds beyond the kept ones."""
 
+LEAST_SHARE = 0.001
+"""Of the whole peak or step, from which on a part's error is given in relation to the part."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TermRow:
@@ -27,8 +30,8 @@ class TermRow:
 
     @property
     def relative_error(self) -> float | None:
-        """predicted / measured - 1; None for a part that wasn't there."""
-        return self.predicted / self.measured - 1 if self.measured else None
+        """predicted / measured - 1; None for a part that is hardly there: next to itself its error says nothing."""
+        return self.predicted / self.measured - 1 if self.measured >= LEAST_SHARE * self.whole else None
 
     @property
     def share(self) -> float:

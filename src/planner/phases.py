@@ -348,9 +348,8 @@ class Step:
         share = setup.num_gpus if self.run.strategy.shards_optimizer else 1
         steps = setup.offload == "none" and not setup.optimizer_in_backward
         step = inventory.step_bytes / share if steps else 0.0
-        exchange = {"workspace": self.run.buffers.optimizer}
-        own = {"gradients": self.all_grads, "optimizer": step, "activations": self.inputs}
-        return self._plus(own, exchange)
+        own = {"gradients": self.all_grads, "activations": self.inputs}
+        return self._plus(own, {"workspace": self.run.buffers.optimizer + step})
 
     def _eval(self) -> Terms:
         """The head, or a layer beside its input and the embeddings' output, which the model's forward holds."""
