@@ -47,7 +47,7 @@ def block_recipe(
         dropout=setup.dropout > 0,
         attention=setup.attention,
         fused=(setup.kernels != "plain" and not is_own) or setup.compile,
-        fused_mlp=setup.compile,
+        fused_mlp=setup.compile or (setup.kernels == "liger" and _is_ligers_own(setup, stack)),
         fused_adapters=setup.kernels != "plain" and not is_own and setup.quant is not None,
         own=is_own,
         own_adapters=is_own and _fuses_adapters(setup, weight, adapter),
@@ -69,6 +69,11 @@ def _fuses_adapters(setup: TrainSetup, weight: int, adapter: int) -> bool:
     """Whether finefit's kernels compute a linear and its adapter together: PEFT's plain one on a plain linear."""
     is_plain = find_method(setup.method).is_low_rank_sum and setup.quant is None and not setup.dropout
     return is_plain and setup.autocast is None and adapter in (weight, FULL_WIDTH)
+
+
+def _is_ligers_own(setup: TrainSetup, stack: Stack) -> bool:
+    """Whether `kernels: liger` are all of Liger's: a stack that names none is fms-acceleration's, which has no gated MLP."""
+    return setup.stack is None or "liger-kernel" in dict(stack.versions)
 
 
 @functools.lru_cache(maxsize=1024)
