@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench.anonymise import system_name
+
 BROKEN = ("plan ", "file ")
 """How the failures of broken input begin."""
 VERSIONS = ("torch", "transformers", "peft", "safetensors")
@@ -37,7 +39,7 @@ def figures(soak: Any, options: argparse.Namespace, seconds: float) -> dict[str,
         "asked": asked,
         "seconds": round(seconds, 1),
         "environment": {
-            "system": platform.platform(terse=True),
+            "system": system_name(f"{platform.system()} {platform.release()}"),
             "machine": platform.machine(),
             "processors": os.cpu_count(),
             "python": platform.python_version(),

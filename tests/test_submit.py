@@ -93,6 +93,11 @@ def test_what_is_no_evidence_or_private_is_left_out_with_its_reason(changes, rea
     assert cases == [] and reason in reasons[0]
 
 
+def test_a_system_is_named_without_whose_build_it_is():
+    facts = {**record().environment, "os": "Linux 6.8.0-45-acme"}
+    assert shared_case(record(environment=facts))["record"]["environment"]["os"] == "Linux 6.8.0"
+
+
 def test_an_inline_config_loses_a_private_name():
     config = {"model_type": "llama", "hidden_size": 64, "_name_or_path": "/srv/lovelace/m"}
     assert "lovelace" not in json.dumps(shared_case(record(setup=TrainSetup(model=config))))

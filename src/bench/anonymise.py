@@ -57,6 +57,8 @@ def anonymise(measurement: Measurement) -> Measurement:
             "only plans without files of one's own can be shared (bench it with --set data=none, a public model)"
         )
     kept = {key: value for key, value in measurement.environment.items() if key in ENVIRONMENT_KEYS}
+    if "os" in kept:
+        kept["os"] = system_name(str(kept["os"]))
     predicted = measurement.predicted
     return replace(
         measurement,
@@ -68,6 +70,16 @@ def anonymise(measurement: Measurement) -> Measurement:
         stderr_tail="",
         warnings=tuple(map(without_paths, measurement.warnings)),
     )
+
+
+def system_name(text: str) -> str:
+    """A system and the numbers of its release: what follows them can name a provider, or somebody's own build.
+
+    >>> system_name("Linux 6.8.0-45-acme"), system_name("Darwin 24.1.0")
+    ('Linux 6.8.0', 'Darwin 24.1.0')
+    """
+    found = re.match(r"\S+ \d+(?:\.\d+)*", text)
+    return found.group() if found else text.split(" ")[0]
 
 
 def is_public(model: str | Mapping[str, Any]) -> bool:
