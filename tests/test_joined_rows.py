@@ -98,6 +98,28 @@ def test_joined_rows_give_the_logits_of_the_rows_alone(name: str) -> None:
     assert (joined - torch.cat(alone)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("changes", [{"padding_free": True}, {"kernels": "fused"}])
+def test_a_model_that_trains_on_joined_rows_answers_as_it_would_without(changes: dict[str, Any]) -> None:
+    """Token by token, with those before in a cache."""
+    ids = torch.arange(5, 25).view(1, -1)
+    answers = []
+    for own in ({}, changes):
+        model = build_model(tiny_setup(method="full", **own)).eval()
+        for layer in model.model.layers:
+            # random weights make attention too small to be seen
+            layer.self_attn.v_proj.weight.data *= 50
+        found = model.generate(
+            ids,
+            max_new_tokens=8,
+            do_sample=False,
+            use_cache=True,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        answers.append(torch.cat(found.logits))
+    assert torch.allclose(*answers, atol=1e-4)
+
+
 def test_a_model_that_lets_documents_see_each_other_is_refused() -> None:
     model = build_model(tiny_setup(padding_free=True, method="full"))
     check_isolation(model)

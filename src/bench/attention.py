@@ -110,7 +110,9 @@ def attend(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `query` [B, H, L, D], `key` and `value` [B, K, L, D] -> [B, L, H, D]."""
-    if attention_mask is not None or not getattr(module, "is_causal", True):
+    # a token that is generated sees all that are cached
+    is_square = query.shape[2] == key.shape[2]
+    if attention_mask is not None or not is_square or not getattr(module, "is_causal", True):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )

@@ -19,7 +19,7 @@ from planner.own_kernels import knows_gate, takes_documents
 from planner.setup import TrainSetup
 from planner.specs import GpuProfile, ModelSpec
 
-MEASURED = "reports/speed.md"
+MEASURED = "measured on a CPU: reports/speed.md"
 OBJECTIVES = ("sft", "pretrain")
 """One answer for each row: pairs have rows of their own, and a loss that needs whole log probabilities."""
 SHARDINGS = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")

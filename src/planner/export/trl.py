@@ -311,7 +311,8 @@ _OTHERWISE: dict[str, tuple[Callable[[TrainSetup], bool], str]] = {
     ),
     "kernels": (
         lambda s: s.kernels != "plain",
-        "TRL can use Liger's layer kernels only, with its own chunked loss; no other fused kernels",
+        "TRL can use Liger's layer kernels only, with its own chunked loss; what it needs without these is what "
+        "`finefit estimate` says of the plan with --kernels plain",
     ),
     "compile": (lambda s: s.compile, "Trainer compiles the whole model, not each layer"),
     "optimizer": (
