@@ -24,7 +24,7 @@ def stops_at(losses: list[float]) -> int | None:
     return next((at for at, loss in enumerate(losses) if watch.see(loss)), None)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.floats(0.0, 0.5), st.floats(0.0, 1.0))
 def test_noise_and_spikes_that_pass_stop_no_run(seed: int, noise: float, learned: float) -> None:
     """Losses that fall (or don't), with noise, single outliers and a spike shorter than what is waited for."""
