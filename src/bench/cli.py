@@ -22,6 +22,7 @@ from bench.cli_trace import COMMANDS as TRACE_COMMANDS
 from bench.cli_trace import trace_with_bar
 from bench.cli_train import COMMANDS as TRAIN_COMMANDS
 from bench.extras import missing_extra
+from bench.waiting import WAITING
 from planner import __version__
 from planner.cli import COMMANDS as PLANNER_COMMANDS
 from planner.cli_options import Session
@@ -83,8 +84,8 @@ for _command in (
 
 def main() -> int:
     """The console script: runs the command line and returns its exit code."""
-    # OpenMP's threads spin while they wait; beside other programs that cost 3.6 times the time of a run.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for name, value in WAITING.items():
+        os.environ.setdefault(name, value)
     return run(sys.argv[1:])
 
 

@@ -20,6 +20,7 @@ from bench.nvml import Nvml, opened
 from bench.nvml_driver import Pynvml
 from bench.sampler import GpuSampler
 from bench.store import Measured
+from bench.waiting import WAITING
 from bench.watched import Watched
 from planner.units import format_bytes, format_duration
 
@@ -59,7 +60,8 @@ class ProcessExecutor:
 
 def _start(command: list[str], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
     """The child in a session of its own, so that all that it starts can be ended with it."""
-    environment = {**os.environ, "PYTHONFAULTHANDLER": "1", "TOKENIZERS_PARALLELISM": "false"}
+    own = {"PYTHONFAULTHANDLER": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**WAITING, **os.environ, **own}
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
