@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from planner.fields import FIELDS
+from planner.fields import FIELDS, SECTIONS
 from planner.render import printable
 from planner.setup import TrainSetup
 
@@ -18,14 +18,7 @@ _QUIET = frozenset(
         "data",
         "eval_fraction",
         "dpo_beta",
-        "learning_rate",
-        "schedule",
-        "warmup_steps",
-        "epochs",
-        "max_steps",
-        "weight_decay",
-        "max_grad_norm",
-        "seed",
+        *SECTIONS["Schedule"],
     ]
 )
 """Fields that hardly bear on a step's time or memory: named only where nothing else tells two setups apart."""
