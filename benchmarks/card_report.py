@@ -238,7 +238,7 @@ NOTES = (
     "  what is predicted. `finefit bench` packs two documents into each random row since.",
     "* `compile`: what a compiled layer keeps is counted as fused kernels keep it; it can't be traced.",
     "* Reserved, closed form: a fixed share of what a step adds stands for fragmentation. The trace replays the allocator.",
-    "* `paged-adamw-8bit`, reserved: the replay is too low; cause not known.",
+    "* Paged optimizers, reserved: the replay is too low; cause not known.",
     "* QLoRA of Qwen2.5: random weights are made in 16 bits and packed into cached blocks, which keep remainders of up to 1 MiB each.",
     "  Weights read from a checkpoint weren't measured.",
 )
