@@ -43,9 +43,7 @@ class Job:
         are packed, a tied head of its own) than those while they are read.
         """
         is_random = self.random_weights or not isinstance(self.setup.model, str)
-        return (bool(self.setup.quant) and self.setup.from_scratch) or (
-            is_random and not self.setup.from_scratch
-        )
+        return bool(self.setup.quant) if self.setup.from_scratch else is_random
 
     def write(self, folder: Path) -> None:
         """Put the job where the worker reads it."""

@@ -14,15 +14,20 @@ from bench.build import inner_model
 from planner.errors import MissingExtraError, NotModelledError, nearest_names
 
 
+def import_liger(module: str, asked: str) -> Any:
+    """A module of liger_kernel.transformers (the package itself: ""). Raises MissingExtraError, with what asked for it."""
+    try:
+        return importlib.import_module(f"liger_kernel.transformers.{module}".rstrip("."))
+    except ImportError as error:
+        raise MissingExtraError(f"train ({asked})", "liger", "liger-kernel") from error
+
+
 def fuse(model: nn.Module) -> None:
     """Replace the forwards of the model's modules, and its family's rotary embedding in this whole process.
 
     Raises MissingExtraError without Liger, NotModelledError for a family that it has no patches for.
     """
-    try:
-        patches = importlib.import_module("liger_kernel.transformers.monkey_patch")
-    except ImportError as error:
-        raise MissingExtraError("train (kernels: liger)", "liger", "liger-kernel") from error
+    patches = import_liger("monkey_patch", "kernels: liger")
     inner: Any = inner_model(model)
     family = inner.config.model_type
     families = patches.MODEL_TYPE_TO_APPLY_LIGER_FN

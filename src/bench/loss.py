@@ -6,7 +6,6 @@ cut into micro-batches doesn't change its gradient. T: tokens, H: hidden size, V
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,7 +18,8 @@ from torch.nn import functional
 
 from bench.accuracy import count_hits
 from bench.build import inner_model
-from planner.errors import MissingExtraError, NotModelledError, SetupError
+from bench.liger import import_liger
+from planner.errors import NotModelledError, SetupError
 from planner.lowering import LOSS_CHUNK_TOKENS
 
 IGNORE_INDEX = -100
@@ -322,10 +322,7 @@ def _liger_cross_entropy(
 ) -> torch.Tensor:
     if trained is not None:
         rows, labels = rows[trained], labels[trained]
-    try:
-        liger = importlib.import_module("liger_kernel.transformers")
-    except ImportError as error:
-        raise MissingExtraError("train (loss: fused)", "liger", "liger-kernel") from error
+    liger = import_liger("", "loss: fused")
     if rows.device.type != "cuda":
         raise NotModelledError("loss: fused (Liger) needs CUDA; use chunked")
     fused = liger.LigerFusedLinearCrossEntropyLoss(

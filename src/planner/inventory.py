@@ -345,9 +345,11 @@ def _unsplit(kept: _Kept, model: ModelSpec) -> int:
 @functools.lru_cache(maxsize=256)
 def _unsplit_weights(model: ModelSpec, quant: str | None, width: int) -> int:
     total = sum(t.count * unsplit_bytes(t.num_elements * t.width) for t in base_tensors(model, width))
-    for layer, matrix in quantised_matrices(model) if quant else ():
+    if quant is None:
+        return total
+    for layer, matrix in quantised_matrices(model):
         one = matrix.num_weights // matrix.copies
-        change = unsplit_bytes(packed_bytes(one, quant)) - unsplit_bytes(one * width) if quant else 0
+        change = unsplit_bytes(packed_bytes(one, quant)) - unsplit_bytes(one * width)
         total += layer.count * matrix.copies * change
     return total
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from bench.trace.allocator import CachingAllocator
-from bench.trace.recording import HOST, Mark, Recording
+from bench.trace.recording import Mark, Recording
 
 
 def block_excess(
@@ -48,7 +48,7 @@ def _moments(
             allocator.allocate(*extra[at])
         storage = timeline.storages[event if event >= 0 else ~event]
         size, category = timeline.size(storage), timeline.category(storage)
-        if not size or category == HOST:
+        if not size:
             continue
         if event >= 0:
             allocator.allocate(storage.number, storage.num_bytes)
